@@ -1,0 +1,8 @@
+"""Which weights are kept: pure functions from arrays to boolean masks.
+
+A mask has the shape of the weight; `True` means kept.
+"""
+
+from nmjax.masks.magnitude import magnitude_mask, nm_mask
+
+__all__ = ["magnitude_mask", "nm_mask"]
