@@ -1,0 +1,46 @@
+"""nmjax: N:M fine-grained structured sparsity for JAX and Flax.
+
+    rules = [nmjax.Rule("(.*/)?head", None), nmjax.Rule(".*", "2:4")]
+    model = nmjax.sparsify(model, rules)
+
+Four objects: a recipe says what is sparse, a plan where, a state holds what must be
+traced, and an op runs the three GEMMs. The README shows them at work.
+"""
+
+from typing import Any
+
+from nmjax import linen as linen
+from nmjax import recipes as recipes
+from nmjax.audit import CheckError as CheckError
+from nmjax.audit import check as check
+from nmjax.audit import summary as summary
+from nmjax.decay import add_decay as add_decay
+from nmjax.estimators import sr_ste as sr_ste
+from nmjax.estimators import ste as ste
+from nmjax.masks import magnitude_mask as magnitude_mask
+from nmjax.masks import nm_mask as nm_mask
+from nmjax.pattern import NMPattern as NMPattern
+from nmjax.planning import Plan as Plan
+from nmjax.planning import PlanEntry as PlanEntry
+from nmjax.planning import PlanError as PlanError
+from nmjax.planning import Rule as Rule
+from nmjax.planning import plan_params as plan_params
+from nmjax.recipes import Recipe as Recipe
+from nmjax.state import bake as bake
+from nmjax.state import init_state as init_state
+from nmjax.state import prepare as prepare
+from nmjax.state import refresh as refresh
+from nmjax.state import sparsify_params as sparsify_params
+from nmjax.swap import densify as densify
+from nmjax.swap import plan as plan
+from nmjax.swap import sparsify as sparsify
+
+_ON_FIRST_USE = ("metrics", "nnx", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_FIRST_USE:
+        import importlib
+
+        return importlib.import_module(f"nmjax.{name}")
+    raise AttributeError(f"module 'nmjax' has no attribute {name!r}")

@@ -1,0 +1,214 @@
+"""Is what the GEMM reads really N:M? Where not, and why not.
+
+`check` judges masks that were saved, not masks that it would make itself: that every
+parameter of the plan is there, that each mask is N:M along the axis that the plan
+names, and that it is the mask of the weights beside it. So it can fail.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+
+from nmjax.paths import named_leaves
+from nmjax.planning import Plan, PlanEntry
+from nmjax.sparse_kernel import Sparsity
+from nmjax.state import NMState, state_leaves
+
+Kind = Literal["missing", "shape", "axis", "pattern", "weights", "stranger"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One finding of `check`.
+
+    Attributes:
+      path: The parameter.
+      kind: "missing" (parameter or mask not there), "shape", "axis" (N:M along another
+        axis than the plan's), "pattern" (not N:M), "weights" (N:M, but not the mask of
+        the stored weights), "stranger" (a mask that the plan does not know).
+      detail: Groups and values, in words.
+    """
+
+    path: str
+    kind: Kind
+    detail: str
+
+
+class CheckError(ValueError):
+    """A network is not what its plan says.
+
+    Attributes:
+      problems: Every finding.
+    """
+
+    def __init__(self, problems: list[Problem]):
+        """The message lists every finding."""
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  {p.path}: [{p.kind}] {p.detail}" for p in problems)
+        super().__init__(f"{len(problems)} parameter(s) fail the check:\n{lines}")
+
+
+def check(params: Any, plan: Plan, state: NMState | None = None) -> None:
+    """Raises unless every mask is what the plan says.
+
+    Args:
+      params: Parameter tree.
+      plan: The plan.
+      state: Masks that the op used: from `prepare`, or the "masks" of a checkpoint.
+        Where a recipe keeps no mask and `state` has none, the mask of the weights is
+        judged.
+
+    Raises:
+      CheckError: A parameter or mask is missing or has another shape, a mask is not
+        N:M along the plan's axis, or is not the mask of the stored weights where the
+        recipe chooses it at every step, or belongs to no sparse parameter. Every
+        offending path is listed, with its first groups and their values.
+    """
+    weights = {path: np.asarray(w) for path, w in _arrays(params).items()}
+    masks = {p: np.asarray(m) for p, m in state_leaves(state or {}, "mask").items()}
+    problems = [
+        Problem(path, "stranger", "has a mask, but the plan does not make it sparse")
+        for path in sorted(set(masks) - {entry.path for entry in plan.sparse})
+    ]
+    for entry in plan.sparse:
+        problems += _judge(entry, weights.get(entry.path), masks.get(entry.path), masks)
+    if problems:
+        raise CheckError(problems)
+
+
+def _arrays(params: Any) -> dict[str, Any]:
+    return {p: w for p, w in named_leaves(params).items() if hasattr(w, "shape")}
+
+
+def _judge(entry: PlanEntry, w, mask, masks) -> list[Problem]:
+    path, sparsity = entry.path, Sparsity.of(entry)
+    if w is None:
+        return [Problem(path, "missing", "is in the plan, not in the parameters")]
+    if w.shape != entry.shape:
+        return [Problem(path, "shape", f"plan {entry.shape}, parameter {w.shape}")]
+    if mask is None and (masks or entry.recipe.needs_state):
+        return [Problem(path, "missing", "the state has no mask for it")]
+    own = None
+    if mask is None or not entry.recipe.needs_state:
+        own = np.asarray(sparsity.choose_mask(w))
+    mask = own if mask is None else mask
+    if mask.shape != entry.shape:
+        return [Problem(path, "shape", f"weight {entry.shape}, mask {mask.shape}")]
+    wrong = _wrong_groups(mask, sparsity)
+    if wrong.any():
+        return [_not_nm(entry, w, mask, wrong)]
+    if own is not None and (mask != own).any():
+        at = tuple(int(i) for i in np.argwhere(mask != own)[0])
+        return [
+            Problem(
+                path,
+                "weights",
+                f"{int((mask != own).sum())} bits differ from the mask of the stored "
+                f"weights, the first at {at} (weight {w[at]!s}, mask {bool(mask[at])})",
+            )
+        ]
+    return []
+
+
+def _groups(array: np.ndarray, sparsity: Sparsity) -> np.ndarray:
+    """(..., size / m, m): the full groups along the axis, which comes last."""
+    m = sparsity.recipe.pattern.m
+    rows = np.moveaxis(array, sparsity.axis, -1)
+    full = rows.shape[-1] // m * m
+    return rows[..., :full].reshape(*rows.shape[:-1], full // m, m)
+
+
+def _wrong_groups(mask: np.ndarray, sparsity: Sparsity) -> np.ndarray:
+    """(..., number of groups): where the number kept is not n; tails are checked too."""
+    pattern = sparsity.recipe.pattern
+    wrong = _groups(mask, sparsity).sum(-1) != pattern.n
+    tail = mask.shape[sparsity.axis] % pattern.m
+    if tail:
+        kept = np.moveaxis(mask, sparsity.axis, -1)[..., -tail:].sum(-1)
+        expected = tail if sparsity.ragged == "dense-tail" else min(pattern.n, tail)
+        wrong = np.concatenate([wrong, (kept != expected)[..., None]], axis=-1)
+    return wrong
+
+
+def _not_nm(entry: PlanEntry, w, mask, wrong) -> Problem:
+    sparsity, pattern = Sparsity.of(entry), entry.recipe.pattern
+    for axis in range(-mask.ndim, 0):
+        other = dataclasses.replace(sparsity, axis=axis)
+        fits = mask.shape[axis] % pattern.m == 0
+        if axis != entry.axis and fits and not _wrong_groups(mask, other).any():
+            return Problem(
+                entry.path,
+                "axis",
+                f"is {pattern} along axis {axis}, but the GEMM contracts {entry.axis}",
+            )
+    examples = []
+    for index in np.argwhere(wrong)[:3]:
+        *row, group = (int(i) for i in index)
+        span = slice(group * pattern.m, (group + 1) * pattern.m)
+        bits = np.moveaxis(mask, entry.axis, -1)[(*row, span)]
+        values = np.moveaxis(w, entry.axis, -1)[(*row, span)]
+        examples.append(
+            f"group {group} at {tuple(row)} keeps {int(bits.sum())} of {bits.size}: "
+            f"mask {bits.astype(int).tolist()}, weights {_short(values)}"
+        )
+    return Problem(
+        entry.path,
+        "pattern",
+        f"{int(wrong.sum())} of {wrong.size} groups along axis {entry.axis} are not "
+        f"{pattern}; " + "; ".join(examples),
+    )
+
+
+def _short(values: np.ndarray) -> list[float]:
+    return [float(f"{float(value):.4g}") for value in values]
+
+
+def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
+    """A table: what each parameter is, whether it is N:M, and why it is dense.
+
+    Args:
+      params: Parameter tree; arrays, or `jax.ShapeDtypeStruct` (nothing is judged).
+      plan: The plan.
+      state: As in `check`.
+
+    Returns:
+      Text: a row for each parameter of the plan with path, layer, shape, contracted
+      axes, recipe, density, whether N:M holds, or the reason it is dense; then totals.
+    """
+    weights = _arrays(params)
+    masks = state_leaves(state or {}, "mask")
+    rows = [("path", "layer", "shape", "axes", "recipe", "density", "N:M")]
+    kept = total = 0
+    for entry in plan:
+        w, mask = weights.get(entry.path), masks.get(entry.path)
+        density, verdict = 1.0, entry.reason
+        if entry.sparse:
+            density, verdict = entry.recipe.pattern.density, "not judged"
+            if hasattr(w, "__array__"):
+                problems = _judge(
+                    entry,
+                    np.asarray(w),
+                    None if mask is None else np.asarray(mask),
+                    masks,
+                )
+                verdict = problems[0].kind if problems else "yes"
+        recipe = f"{entry.recipe.name} {entry.recipe.pattern}" if entry.sparse else "-"
+        shape = "x".join(map(str, entry.shape))
+        axes = ",".join(map(str, entry.axes)) or "-"
+        row = (entry.path, entry.layer, shape, axes, recipe, f"{density:.3f}", verdict)
+        rows.append(row)
+        kept, total = kept + density * entry.size, total + entry.size
+    other = sum(int(np.prod(w.shape)) for w in weights.values()) - total
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    sparse = sum(entry.size for entry in plan.sparse)
+    lines.append(
+        f"{len(plan.sparse)} of {len(plan)} weights sparse; {sparse:,} of "
+        f"{total + other:,} parameters, {round(kept) + other:,} kept"
+    )
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,77 @@
+"""The SR-STE term as a gradient transformation, added once for each optimizer step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nmjax.estimators import decay_term
+from nmjax.paths import map_named, named_leaves
+from nmjax.planning import Plan
+from nmjax.sparse_kernel import Sparsity
+from nmjax.state import NMState, state_masks
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+class AddDecayState(NamedTuple):
+    """Attributes: count: number of updates so far, int32 scalar."""
+
+    count: jax.Array
+
+
+def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
+    """Adds λ(1 − E)W to the gradient of each weight (SR-STE, arXiv:2102.04010).
+
+    Acts on weights whose recipe has `decay_in="optimizer"` and on no other. Put it
+    where gradients are complete (averaged over devices and micro-batches, unscaled)
+    and before clipping, weight decay and moments:
+
+        tx = optax.chain(nmjax.add_decay(plan), optax.adamw(learning_rate))
+
+    The term is then the same whatever the number of devices, micro-batches and uses
+    of the weight, and whatever the loss scale.
+
+    Args:
+      plan: The plan.
+      decay: λ for all of them, a number or a schedule (of the update count); None =
+        each recipe's own.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`. Its update takes the parameters, and
+      `nm=` (a state, or what `nmjax.prepare` made) where a recipe keeps its mask.
+
+    Raises:
+      ValueError: At update: parameters missing, or a needed mask is not in `nm`.
+    """
+    import optax
+
+    sparse = {
+        entry.path: Sparsity.of(entry)
+        for entry in plan.sparse
+        if entry.recipe.decay_in == "optimizer"
+    }
+
+    def init(params):
+        del params
+        return AddDecayState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, *, nm: NMState | None = None, **extra):
+        del extra
+        if params is None:
+            raise ValueError("add_decay needs the parameters: tx.update(g, s, params)")
+        masks, weights = state_masks(nm or {}, plan), named_leaves(params)
+
+        def add(path, gradient):
+            if path not in sparse:
+                return gradient
+            sparsity, w = sparse[path], weights[path]
+            rate = sparsity.recipe.decay if decay is None else decay
+            rate = rate(state.count) if callable(rate) else rate
+            term = decay_term(w, sparsity.mask(w, masks.get(path)), rate)
+            return gradient + term.astype(gradient.dtype)
+
+        return map_named(add, updates), AddDecayState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)

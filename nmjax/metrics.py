@@ -1,0 +1,95 @@
+"""How masks move and how much they keep: density, flip rate, SAD, retained magnitude.
+
+The functions take states, `{…: {"kernel": {"mask": bool array}}}`, as `init_state` or
+`prepare` make them, and give float32 scalars by path plus one under "total". They are
+jittable.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nmjax.paths import named_leaves
+from nmjax.planning import Plan
+from nmjax.state import NMState, prepare, state_leaves
+
+
+def density(state: NMState) -> dict[str, jax.Array]:
+    """Share of weights kept: `sum(E) / size`, by path and in total."""
+    masks = state_leaves(state, "mask")
+    return _shares({path: (jnp.sum(m), m.size) for path, m in masks.items()})
+
+
+def sad(old: NMState, new: NMState) -> dict[str, jax.Array]:
+    """Sparse architecture divergence ‖E_new − E_old‖₁ (arXiv:2102.04010, eq. 7).
+
+    Args:
+      old: State before.
+      new: State after, with masks for the same paths.
+
+    Returns:
+      Number of mask bits that differ, float32, by path and under "total".
+
+    Raises:
+      ValueError: The states hold masks for different paths.
+    """
+    counts = {path: _count(d) for path, d in _changes(old, new).items()}
+    return {**counts, "total": sum(counts.values(), jnp.zeros((), jnp.float32))}
+
+
+def flip_rate(old: NMState, new: NMState) -> dict[str, jax.Array]:
+    """Share of mask bits that changed, SAD / size (arXiv:2404.01847, eq. 5).
+
+    Args:
+      old: State before.
+      new: State after, with masks for the same paths.
+
+    Returns:
+      Shares from 0 to 1, float32, by path and under "total".
+
+    Raises:
+      ValueError: The states hold masks for different paths.
+    """
+    changes = _changes(old, new)
+    return _shares({path: (jnp.sum(d), d.size) for path, d in changes.items()})
+
+
+def retained_magnitude(
+    params: Any, plan: Plan, state: NMState | None = None
+) -> dict[str, jax.Array]:
+    """Share of magnitude kept: `sum(|E ⊙ W|) / sum(|W|)`, by path and in total."""
+    masks = state_leaves(prepare(params, plan, state), "mask")
+    leaves = named_leaves(params)
+    sums = {}
+    for path, mask in masks.items():
+        w = jnp.abs(leaves[path]).astype(jnp.float32)
+        sums[path] = (jnp.sum(jnp.where(mask, w, 0)), jnp.sum(w))
+    return _shares(sums)
+
+
+def _changes(old: NMState, new: NMState) -> dict[str, jax.Array]:
+    before, after = state_leaves(old, "mask"), state_leaves(new, "mask")
+    if before.keys() != after.keys():
+        raise ValueError(
+            f"the states hold masks for different paths: {sorted(before)} and "
+            f"{sorted(after)}; make both with nmjax.prepare and the same plan"
+        )
+    return {path: before[path] != after[path] for path in before}
+
+
+def _count(changed: jax.Array) -> jax.Array:
+    return jnp.sum(changed).astype(jnp.float32)
+
+
+def _shares(parts: dict[str, tuple[Any, Any]]) -> dict[str, jax.Array]:
+    float32: Callable[[Any], jax.Array] = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
+    parts = {path: (float32(a), float32(b)) for path, (a, b) in parts.items()}
+    parts["total"] = tuple(
+        sum((pair[i] for pair in parts.values()), jnp.zeros((), jnp.float32))
+        for i in range(2)
+    )
+    return {
+        path: part / jnp.maximum(whole, 1e-30) for path, (part, whole) in parts.items()
+    }

@@ -1,0 +1,208 @@
+"""Which layers a linen model has, and which kernel axes each of them contracts.
+
+The model runs once abstractly (`jax.eval_shape`) with every parameter in a box that
+notes its path and the axes that scans and vmaps take off on the way to the layer. An
+interceptor sees each Flax layer with its box and reads the geometry off the layer.
+Rank alone would not do: the kernel of an attention's query projection `(d, heads,
+head_dim)` contracts its first axis, the output projection's its first two, and a
+scanned Dense kernel has the same rank as either.
+"""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core import meta
+
+from nmjax.paths import map_named, named_leaves
+from nmjax.planning import Candidate, PlanError, is_weight
+
+OWN_PARAMETER = (
+    "no hook: the model reads this parameter itself; leave it dense here and mask it "
+    "with nmjax.sparsify_params"
+)
+
+
+def find_candidates(
+    model: nn.Module, variables: Any, args: tuple, kwargs: dict[str, Any]
+) -> list[Candidate]:
+    """Runs `model.apply(variables, *args, **kwargs)` abstractly and notes its layers.
+
+    Args:
+      model: A linen module without nmjax's hooks.
+      variables: Its variables, abstract or not.
+      args: Arguments of `apply` after the variables.
+      kwargs: Keyword arguments of `apply`, such as `method`, `rngs`, `mutable`.
+
+    Returns:
+      A candidate for every parameter that a GEMM might read, in tree order; those
+      that the call did not come by are marked.
+
+    Raises:
+      PlanError: A layer's kernel is contracted along different axes at two uses.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    token = object()  # in every box: a cached inner jit would not call the interceptor
+
+    def note(next_function, call_args, call_kwargs, context):
+        layer = context.module
+        if context.method_name == "__call__" and layer.scope is not None:
+            _note_layer(found, layer, call_args, call_kwargs)
+        result = next_function(*call_args, **call_kwargs)
+        _note_own_parameters(found, layer)
+        return result
+
+    def run(variables):
+        params = map_named(
+            lambda path, leaf: _Tag(leaf, (token, path, tuple(range(-leaf.ndim, 0)))),
+            variables["params"],
+            keep_boxes=False,
+        )
+        with nn.intercept_methods(note):
+            model.apply({**variables, "params": params}, *args, **kwargs)
+
+    jax.eval_shape(run, variables)
+    return [
+        Candidate(
+            path,
+            tuple(leaf.shape),
+            str(leaf.dtype),
+            **found.get(path, {"ignored": True}),
+        )
+        for path, leaf in named_leaves(variables["params"]).items()
+        if is_weight(path, found.get(path, {}).pop("ndim", leaf.ndim))
+    ]
+
+
+@jax.tree_util.register_pytree_node_class
+class _Tag(meta.AxisMetadata):
+    """A parameter that remembers its path and which stored axes it still has."""
+
+    def __init__(self, value, static):
+        self.value, self.static = value, static
+
+    def tree_flatten(self):
+        return (self.value,), self.static
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        return cls(*children, static)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, val):
+        return _Tag(val, self.static)
+
+    def remove_axis(self, index, params):
+        token, path, axes = self.static
+        index %= len(axes)
+        return _Tag(self.value, (token, path, axes[:index] + axes[index + 1 :]))
+
+    def add_axis(self, index, params):
+        return self  # only on the way out, where nobody looks
+
+
+def _note_layer(found, layer, args, kwargs):
+    """Notes the geometry of a Flax layer that has a kernel."""
+    tag = layer.scope.get_variable("params", "kernel")
+    if not isinstance(tag, _Tag):
+        return
+    axes = contracted_axes(layer, tag.value.ndim, args, kwargs)
+    if axes is None:
+        return
+    _, path, stored = tag.static
+    note = {
+        "layer": type(layer).__name__,
+        "axes": tuple(stored[axis] for axis in axes),
+        "reason": why_no_hook(layer, tag.value.shape),
+        "recipe": getattr(layer, "nm_recipe", None),
+        "ndim": tag.value.ndim,
+    }
+    known = found.get(path, note)["axes"]
+    if known and known != note["axes"]:
+        raise PlanError(
+            f"{path} is contracted along axes {known} and {note['axes']} at two uses: "
+            "no single mask serves both; leave it dense"
+        )
+    found[path] = note
+
+
+def _note_own_parameters(found, module):
+    """Notes parameters that a module reads without being a layer we know."""
+    if module.scope is None:
+        return
+    for tag in module.scope.variables().get("params", {}).values():
+        if not isinstance(tag, _Tag) or tag.static[1] in found:
+            continue
+        embedding = isinstance(module, nn.Embed)
+        found[tag.static[1]] = {
+            "layer": type(module).__name__,
+            "reason": "embedding: a table, not a GEMM" if embedding else OWN_PARAMETER,
+            "axes": (),
+            "ndim": tag.value.ndim,
+        }
+
+
+def contracted_axes(
+    layer: nn.Module, ndim: int, args: tuple, kwargs: dict[str, Any]
+) -> tuple[int, ...] | None:
+    """The kernel axes that a linen layer's GEMM contracts.
+
+    Args:
+      layer: Any module.
+      ndim: Rank of its kernel inside the layer.
+      args: Arguments of its call.
+      kwargs: Keyword arguments of its call.
+
+    Returns:
+      Positions counted from the front, or None for a layer that is not known.
+    """
+    match layer:
+        case nn.Dense():
+            return (0,)
+        case nn.DenseGeneral():
+            batch = _length(layer.batch_dims)
+            return tuple(range(batch, batch + _length(layer.axis)))
+        case nn.Conv() | nn.ConvLocal():
+            return (ndim - 2,)
+        case nn.ConvTranspose():
+            return (ndim - 1 if layer.transpose_kernel else ndim - 2,)
+        case nn.Einsum():
+            equation = layer.einsum_str or kwargs.get("einsum_str") or args[1]
+            return einsum_axes(equation)
+    return None
+
+
+def _length(axes: Any) -> int:
+    return 1 if isinstance(axes, int) else len(axes)
+
+
+def einsum_axes(equation: str) -> tuple[int, ...] | None:
+    """The axes of the second operand that an einsum equation contracts.
+
+    Returns:
+      Positions counted from the front, those absent from the result; None where the
+      second operand has an ellipsis or nothing is contracted.
+    """
+    operands, result = equation.replace(" ", "").split("->")
+    kernel = operands.split(",")[1]
+    axes = tuple(i for i, letter in enumerate(kernel) if letter not in result)
+    return None if "." in kernel or not axes else axes
+
+
+def why_no_hook(layer: nn.Module, shape: tuple[int, ...]) -> str:
+    """Why a known layer cannot take a sparse kernel, or ""."""
+    for hook in ("dot_general", "dot_general_cls"):
+        if getattr(layer, hook, None) is not None and not hasattr(layer, "nm_recipe"):
+            return f"the layer has its own {hook}"
+    for hook in ("conv_general_dilated", "conv_general_dilated_cls"):
+        if getattr(layer, hook, None) is not None:
+            return f"the layer has its own {hook}"
+    if isinstance(layer, nn.ConvLocal):
+        return "unshared weights: not one GEMM"
+    if getattr(layer, "mask", None) is not None:
+        return "the layer has its own mask"
+    if isinstance(layer, nn.Conv) and layer.feature_group_count > 1 and shape[-2] == 1:
+        return "depthwise: 1 input channel in each group"
+    return ""
