@@ -1,0 +1,250 @@
+"""The state of training, and its phases.
+
+A run has up to three phases: dense (no rule is applied), sparse, and frozen (masks
+stay as they are). Each has its own model and plan and is compiled once; what passes
+from one to the next is the state.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax.core import meta
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import nmjax
+from nmjax.planning import Plan, Rule, Rules, as_rules
+from nmjax.recipes import Recipe, frozen
+from nmjax.training.config import TrainConfig
+
+PhaseName = Literal["dense", "sparse", "frozen"]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step reads and changes; replicated over the devices.
+
+    Attributes:
+      step: Optimizer steps done, int32 scalar.
+      params: Parameters as stored (float32), pruned weights included.
+      batch_stats: Running statistics of batch norm; `{}` without it.
+      opt_state: Of the optimizer; its structure is the same in all phases.
+      nm: The state of the recipes, as `nmjax.init_state` makes it.
+      masks: The mask of every sparse weight at these parameters, as `nmjax.prepare`
+        makes it: used by the next step and by evaluation.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    nm: Any
+    masks: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of the run.
+
+    Attributes:
+      name: "dense", "sparse" or "frozen".
+      first_step: The step with which it begins.
+      rules: What is sparse in it.
+      model: The model with these rules applied.
+      plan: The plan of model and rules.
+    """
+
+    name: PhaseName
+    first_step: int
+    rules: tuple[Rule, ...]
+    model: nn.Module
+    plan: Plan
+
+
+def make_phases(
+    model: nn.Module,
+    rules: Rules,
+    config: TrainConfig,
+    *,
+    steps_per_epoch: int,
+    image_shape: Sequence[int],
+) -> tuple[Phase, ...]:
+    """The phases of a run, in order.
+
+    Where no rule makes a weight sparse there is one phase, "dense". The decay of
+    SR-STE is moved into the optimizer, where it is added exactly once for each step.
+
+    Args:
+      model: A linen model `(images, train) -> logits`.
+      rules: As for `nmjax.sparsify`.
+      config: Its `dense_epochs` and `freeze_epochs` place the borders.
+      steps_per_epoch: Steps of one epoch.
+      image_shape: Height, width, channels.
+
+    Raises:
+      PlanError: The rules do not fit the model.
+    """
+    example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+    def phase(name: PhaseName, epoch: int, rules: tuple[Rule, ...]) -> Phase:
+        return Phase(
+            name,
+            epoch * steps_per_epoch,
+            rules,
+            nmjax.sparsify(model, rules) if rules else nmjax.densify(model),
+            nmjax.plan(model, rules, example, train=False),
+        )
+
+    rules = tuple(_decay_in_optimizer(rule) for rule in as_rules(rules))
+    sparse = phase("sparse", config.dense_epochs, rules)
+    if not sparse.plan.sparse:
+        return (dataclasses.replace(sparse, name="dense", first_step=0),)
+    phases = [sparse]
+    if config.dense_epochs:
+        phases.insert(0, phase("dense", 0, ()))
+    if config.freeze_epochs:
+        start = config.epochs - config.freeze_epochs
+        last = phase("frozen", start, tuple(_freeze(rule) for rule in rules))
+        phases = [p for p in phases if p.first_step < last.first_step] + [last]
+    return tuple(phases)
+
+
+def phase_of_step(phases: Sequence[Phase], step: int) -> Phase:
+    """The phase to which a step belongs; steps count from 0."""
+    return [phase for phase in phases if phase.first_step <= step][-1]
+
+
+def _decay_in_optimizer(rule: Rule) -> Rule:
+    if rule.recipe is None:
+        return rule
+    return dataclasses.replace(
+        rule, recipe=dataclasses.replace(rule.recipe, decay_in="optimizer")
+    )
+
+
+def _freeze(rule: Rule) -> Rule:
+    recipe: Recipe | None = rule.recipe
+    if recipe is None or recipe.refresh is None or recipe.pattern is None:
+        return rule
+    recipe = frozen(recipe.pattern, decay=recipe.decay, decay_in="optimizer")
+    return dataclasses.replace(rule, recipe=recipe)
+
+
+def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0, then cosine to 0, or steps."""
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    total = config.epochs * steps_per_epoch
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.lr, max(1, total - warmup))
+    else:
+        # `after` counts from the end of the warm-up.
+        borders = [round(e * steps_per_epoch) - warmup for e in config.step_epochs]
+        passed = sum(border <= 0 for border in borders)
+        after = optax.piecewise_constant_schedule(
+            config.lr * config.step_factor**passed,
+            {border: config.step_factor for border in borders if border > 0},
+        )
+    if not warmup:
+        return after
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, config.lr, warmup), after], [warmup]
+    )
+
+
+def make_optimizer(
+    config: TrainConfig, plan: Plan, steps_per_epoch: int
+) -> optax.GradientTransformationExtraArgs:
+    """Decay of SR-STE, clip, weight decay, moments, learning rate, in this order.
+
+    AdamW adds its weight decay after the moments (arXiv:1711.05101); the decay of
+    SR-STE is a gradient and passes through them in both. The update takes
+    `nm=` the masks of the step.
+    """
+    schedule = make_schedule(config, steps_per_epoch)
+    parts = [nmjax.add_decay(plan)]
+    if config.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.optimizer == "sgd":
+        parts.append(optax.add_decayed_weights(config.weight_decay))
+        parts.append(optax.sgd(schedule, config.momentum or None, config.nesterov))
+    else:
+        parts.append(optax.adamw(schedule, weight_decay=config.weight_decay))
+    return optax.with_extra_args_support(optax.chain(*parts))
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted_init(model: nn.Module, image_shape: tuple[int, ...], mesh: Mesh):
+    """Compiled once for runs that differ in the seed alone."""
+
+    def init(key):
+        return model.init(key, jnp.zeros((1, *image_shape)), train=False)
+
+    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def init_variables(
+    model: nn.Module, seed: int, image_shape: Sequence[int], mesh: Mesh
+) -> dict[str, Any]:
+    """`{"params", "batch_stats"}` of `model.init(jax.random.key(seed), …)`.
+
+    Raises:
+      ValueError: The model has variables of another collection.
+    """
+    key = jax.random.key(seed)
+    variables = meta.unbox(_jitted_init(model, tuple(image_shape), mesh)(key))
+    refuse_other_collections(variables)
+    return {"batch_stats": {}, **variables}
+
+
+def refuse_other_collections(variables: Mapping[str, Any]) -> None:
+    """Refuses a model whose state the training loop would lose."""
+    if others := sorted(set(variables) - {"params", "batch_stats"}):
+        raise ValueError(
+            f"the model has variables in {', '.join(others)}; nmjax.training keeps "
+            "params and batch_stats only: write your own loop around nmjax.sparsify"
+        )
+
+
+def new_train_state(
+    config: TrainConfig,
+    phase: Phase,
+    variables: Mapping[str, Any],
+    steps_per_epoch: int,
+) -> TrainState:
+    """The state before the first step; traceable.
+
+    Args:
+      config: Of the run.
+      phase: The first phase, or the one of a checkpoint under `eval_shape`.
+      variables: `{"params", "batch_stats"}`.
+      steps_per_epoch: Steps of one epoch.
+    """
+    params = variables["params"]
+    nm = nmjax.init_state(params, phase.plan)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables["batch_stats"],
+        opt_state=make_optimizer(config, phase.plan, steps_per_epoch).init(params),
+        nm=nm,
+        masks=nmjax.prepare(params, phase.plan, nm),
+    )
+
+
+def enter_phase(state: TrainState, phase: Phase) -> TrainState:
+    """The state with which a phase begins; traceable.
+
+    The frozen phase keeps the masks in force; others choose theirs anew.
+    """
+    if phase.name == "frozen" and state.masks:
+        nm = state.masks
+    else:
+        nm = nmjax.init_state(state.params, phase.plan)
+    masks = nmjax.prepare(state.params, phase.plan, nm)
+    return state.replace(nm=nm, masks=masks)

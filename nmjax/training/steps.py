@@ -1,0 +1,237 @@
+"""One optimizer step and one evaluation batch, as pure functions.
+
+The batch is sharded over the mesh axis "data", the state is replicated; XLA inserts
+the means over devices, those of batch norm included: its statistics are of the whole
+micro-batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import nmjax
+from nmjax import metrics as nm_metrics
+from nmjax.planning import Plan
+from nmjax.training.config import TrainConfig
+from nmjax.training.metrics import TOP5_FROM_CLASSES
+from nmjax.training.state import Phase, TrainState, make_optimizer, make_schedule
+
+Batch = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """All that is static in a step, compared by value: equal specs share a compile.
+
+    Attributes:
+      model: The model with the rules of the phase applied.
+      plan: The plan of the phase.
+      config: The hyperparameters that shape the computation; see `of`.
+      steps_per_epoch: Of the learning-rate schedule.
+      mesh: One axis, "data".
+    """
+
+    model: nn.Module
+    plan: Plan
+    config: TrainConfig
+    steps_per_epoch: int
+    mesh: Mesh
+
+    @classmethod
+    def of(
+        cls, phase: Phase, config: TrainConfig, steps_per_epoch: int, mesh: Mesh
+    ) -> "StepSpec":
+        """The spec of a phase; runs that differ in the seed have equal ones."""
+        no_matter = {"seed": 0, "keep": 1, "log_every": 1, "checkpoint_every": None}
+        config = dataclasses.replace(config, **no_matter)
+        return cls(phase.model, phase.plan, config, steps_per_epoch, mesh)
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with one axis "data" over the devices; all of them by default."""
+    devices = jax.devices() if devices is None else list(devices)
+    return jax.make_mesh(
+        (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of the state: a copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this host's part of a batch on its devices."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(part))
+        for name, part in batch.items()
+    }
+
+
+@functools.lru_cache(maxsize=16)
+def jit_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, dict]]:
+    """`(state, batch, key) -> (state, metrics)`, compiled; the state is donated."""
+    return jax.jit(
+        functools.partial(train_step, spec),
+        donate_argnums=0,
+        out_shardings=replicated(spec.mesh),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def jit_eval_step(model: nn.Module, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
+    """`(params, batch_stats, masks, batch) -> sums`, compiled."""
+    return jax.jit(
+        functools.partial(eval_step, model), out_shardings=replicated(mesh)
+    )
+
+
+def train_step(
+    spec: StepSpec, state: TrainState, batch: Batch, key: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step.
+
+    The masks in the state are those of its parameters; each micro-batch reads them,
+    and those of the new parameters are chosen once, at the end.
+
+    Args:
+      spec: What is static.
+      state: Before the step.
+      batch: "image" `(B, H, W, C)` and "label" `(B,)` int32.
+      key: Of the run; dropout of step s draws from `fold_in(key, s)`.
+
+    Returns:
+      The state after the step, and float32 scalars: "loss", "top1" and "top5" (shares
+      of the batch, before the update), "lr", "sad" (mask bits that the step changed).
+    """
+    count = spec.config.micro_batches
+    key = jax.random.fold_in(key, state.step)
+    if count == 1:
+        batch_stats, (grads, sums) = _gradient(spec, state, state.batch_stats, batch, key)
+    else:
+
+        def accumulate(carry, inputs):
+            batch_stats, totals = carry
+            part, key = inputs
+            batch_stats, parts = _gradient(spec, state, batch_stats, part, key)
+            return (batch_stats, jax.tree.map(jnp.add, totals, parts)), None
+
+        parts = _micro_batches(batch, count, spec.mesh)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(
+            functools.partial(_gradient, spec, state), state.batch_stats, first, key
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
+        (batch_stats, (grads, sums)), _ = jax.lax.scan(
+            accumulate, (state.batch_stats, zeros), (parts, jax.random.split(key, count))
+        )
+    grads = jax.tree.map(lambda g: g / (count * spec.config.loss_scale), grads)
+
+    tx = make_optimizer(spec.config, spec.plan, spec.steps_per_epoch)
+    updates, opt_state = tx.update(
+        grads, state.opt_state, state.params, nm=state.masks
+    )
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    nm = nmjax.refresh(state.nm, params, spec.plan, step)
+    masks = nmjax.prepare(params, spec.plan, nm)
+    new = state.replace(
+        step=step,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        nm=nm,
+        masks=masks,
+    )
+    size = batch["label"].shape[0]
+    return new, {
+        **{name: total / size for name, total in sums.items()},
+        "lr": jnp.float32(make_schedule(spec.config, spec.steps_per_epoch)(state.step)),
+        "sad": nm_metrics.sad(state.masks, masks)["total"],
+    }
+
+
+def _gradient(spec, state, batch_stats, batch, key):
+    """New batch statistics, and (gradient of the scaled mean loss, metric sums)."""
+
+    def loss_of(params):
+        variables = {"params": params, "batch_stats": batch_stats, "nm": state.masks}
+        logits, new = spec.model.apply(
+            variables,
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        logits = logits.astype(jnp.float32)
+        targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        targets = optax.smooth_labels(targets, spec.config.label_smoothing)
+        losses = optax.softmax_cross_entropy(logits, targets)
+        sums = {"loss": jnp.sum(losses), **_correct(logits, batch["label"], 1.0)}
+        new_stats = new.get("batch_stats", batch_stats)
+        return jnp.mean(losses) * spec.config.loss_scale, (new_stats, sums)
+
+    grads, (batch_stats, sums) = jax.grad(loss_of, has_aux=True)(state.params)
+    return batch_stats, (grads, sums)
+
+
+def _micro_batches(batch: Batch, count: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """`(B, …)` as `(count, B/count, …)`, every part spread over all devices.
+
+    Part j takes the elements i·count + j: the elements of one device stay on it.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+
+    def split(x):
+        x = x.reshape(-1, count, *x.shape[1:])  # (B/count, count, …)
+        return jax.lax.with_sharding_constraint(jnp.swapaxes(x, 0, 1), sharding)
+
+    return {name: split(x) for name, x in batch.items()}
+
+
+def eval_step(
+    model: nn.Module, params: Any, batch_stats: Any, masks: Any, batch: Batch
+) -> dict[str, jax.Array]:
+    """Sums over one batch, with the running statistics of batch norm.
+
+    Args:
+      model: The model with its rules applied.
+      params: Parameters.
+      batch_stats: Running statistics, or `{}`.
+      masks: Of `nmjax.prepare`.
+      batch: "image" `(B, H, W, C)`, "label" `(B,)` int32, "valid" `(B,)` float32,
+        0 where the batch is padded.
+
+    Returns:
+      float32 scalars "loss" (cross entropy without label smoothing), "top1", with six
+      classes or more "top5", and "count".
+    """
+    variables = {"params": params, "batch_stats": batch_stats, "nm": masks}
+    logits = model.apply(variables, batch["image"], train=False).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    valid = batch["valid"]
+    return {
+        # where, not *: a padded image may give NaN.
+        "loss": jnp.sum(jnp.where(valid > 0, losses, 0)),
+        **_correct(logits, batch["label"], valid),
+        "count": jnp.sum(valid),
+    }
+
+
+def _correct(logits, labels, weights) -> dict[str, jax.Array]:
+    """Number of images whose label is the first, or among the first five."""
+    top1 = jnp.argmax(logits, axis=-1) == labels
+    correct = {"top1": jnp.sum(top1 * weights)}
+    if logits.shape[-1] >= TOP5_FROM_CLASSES:
+        _, best = jax.lax.top_k(logits, 5)
+        correct["top5"] = jnp.sum(jnp.any(best == labels[:, None], -1) * weights)
+    return correct
