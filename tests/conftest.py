@@ -3,7 +3,7 @@
 import os
 
 # Read by jax when it is imported, hence before the import. Four CPU devices let one
-# machine test sharding. For the tests marked `gpu`: JAX_PLATFORMS=cuda,cpu pytest -m gpu
+# machine test sharding. The tests marked `gpu`: JAX_PLATFORMS=cuda,cpu pytest -m gpu
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = " ".join(
