@@ -1,0 +1,288 @@
+"""One network from its options: plan it, train it, check it, plot it."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import nmjax
+from experiments import data as datasets
+from experiments.plots import plot_run
+from experiments.presets import Options, flag
+from nmjax import models, training
+
+# Fields of TrainConfig by the options that they come from.
+_CONFIG = {
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "micro_batches": "gradient_accumulation",
+    "optimizer": "opt",
+    "lr": "lr",
+    "momentum": "momentum",
+    "nesterov": "nesterov",
+    "weight_decay": "weight_decay",
+    "schedule": "lr_scheduler",
+    "warmup_epochs": "lr_warmup_epochs",
+    "step_epochs": "lr_steps",
+    "step_factor": "lr_gamma",
+    "label_smoothing": "label_smoothing",
+    "clip_norm": "clip_grad_norm",
+    "seed": "seed",
+    "checkpoint_every": "checkpoint_every",
+    "log_every": "print_freq",
+    "dense_epochs": "dense_epochs",
+    "freeze_epochs": "freeze_epochs",
+}
+
+# Options that may differ between the start of a run and its continuation.
+_FREE = {"data_path", "output_dir", "resume", "test_only"}
+
+
+def train_config(options: Options) -> training.TrainConfig:
+    """The trainer's part of the options.
+
+    Raises:
+      ValueError: A value is out of range; the message names the option.
+    """
+    values = options.flat()
+    fields = {field: values[name] for field, name in _CONFIG.items()}
+    try:
+        return training.TrainConfig(**fields)
+    except ValueError as error:
+        # The trainer speaks of its fields; a user of the command knows its options.
+        message = str(error)
+        for field, name in _CONFIG.items():
+            message = re.sub(rf"(?<![-\w]){field}(?= is | \d)", flag(name), message)
+        raise ValueError(message) from None
+
+
+def sparsity_rules(options: Options) -> list[nmjax.Rule]:
+    """The rules that the options stand for; `[]` is dense.
+
+    Raises:
+      ValueError: The pattern, the decay or an expression is malformed.
+    """
+    given = options.sparsity
+    if given.recipe == "dense":
+        return []
+    try:
+        pattern = nmjax.NMPattern(given.pattern)
+    except ValueError as error:
+        raise ValueError(f"--pattern: {error}") from None
+    # The trainer adds the decay once per step, whatever the number of devices.
+    decay: dict[str, Any] = {"decay": given.decay, "decay_in": "optimizer"}
+    try:
+        recipe = {
+            "ste": lambda: nmjax.recipes.ste(pattern),
+            "sr_ste": lambda: nmjax.recipes.sr_ste(pattern, **decay),
+            "one_shot": lambda: nmjax.recipes.one_shot(pattern),
+            "frozen": lambda: nmjax.recipes.frozen(pattern, **decay),
+        }[given.recipe]()
+    except ValueError as error:
+        raise ValueError(f"--decay: {error}") from None
+    try:
+        dense = [nmjax.Rule(path, None) for path in given.dense]
+    except ValueError as error:
+        raise ValueError(f"--dense: {error}") from None
+    return [*dense, nmjax.Rule(".*", recipe, ineligible=given.ineligible)]
+
+
+def load_data(options: Options) -> datasets.Dataset:
+    """Opens the dataset.
+
+    Raises:
+      ValueError: It is missing or damaged, or smaller than one batch.
+    """
+    given = options.data
+    data = datasets.load(given.dataset, given.data_path, image_size=given.image_size)
+    if options.optim.batch_size > data.num_train:
+        raise ValueError(
+            f"--batch-size {options.optim.batch_size} is more than the "
+            f"{data.num_train} training images of {given.dataset}"
+        )
+    return data
+
+
+def make_model(options: Options, data: datasets.Dataset):
+    """The dense linen model for the images of `data`."""
+    return models.create(
+        options.model.model,
+        num_classes=data.num_classes,
+        stem=data.stem,
+        dtype=jnp.dtype(options.model.dtype),
+    )
+
+
+def example(data: datasets.Dataset) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of one image as the model takes it, `(1, H, W, C)` float32."""
+    return jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
+
+
+def prepare_folder(options: Options) -> Path:
+    """Makes the run folder and writes the options into it.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: It cannot be made, or holds a run with other options.
+    """
+    folder = Path(options.run.output_dir or "")
+    now = options.flat()
+    # A run that has no checkpoint yet starts afresh, with whatever options.
+    saved = read_options(folder) if (folder / "checkpoints").is_dir() else None
+    if saved is not None:
+        then = saved.flat()
+        changed = [k for k in now if k not in _FREE and now[k] != then[k]]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with other options: "
+                + ", ".join(f"{flag(k)} {then[k]}, not {now[k]}" for k in changed)
+                + ". Choose another --output-dir, or continue that run with "
+                f"--resume {folder} alone"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "options.json").write_text(json.dumps(now, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir {folder}: {error.strerror or error}; give a folder that "
+            "can be written"
+        ) from None
+    return folder
+
+
+def read_options(folder: Path) -> Options | None:
+    """The options of the run that a folder, or a checkpoint in it, belongs to.
+
+    Raises:
+      ValueError: The file is damaged.
+    """
+    for parent in (folder, *list(folder.parents)[:2]):
+        path = parent / "options.json"
+        if path.is_file():
+            try:
+                return Options.from_flat(json.loads(path.read_text()))
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{path} is damaged: {error}") from None
+    return None
+
+
+def describe(options: Options, data: datasets.Dataset, say: Callable[[str], None]):
+    """Plans the network and says what is about to be trained, computing nothing.
+
+    Raises:
+      ValueError: The rules do not fit the model.
+    """
+    model, rules = make_model(options, data), sparsity_rules(options)
+    images = example(data)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    config = train_config(options)
+    steps = config.epochs * (data.num_train // config.batch_size)
+    if rules:
+        plan = nmjax.plan(model, rules, images)
+        say(nmjax.summary(params, plan))
+        say("")
+    say(
+        f"{options.model.model} on {data.name}: {size:,} parameters, {data.num_train:,}"
+        f" training images, {config.epochs} epochs, {steps:,} steps of "
+        f"{config.batch_size} images"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of one network.
+
+    Attributes:
+      top1: Share of the test images whose class has the highest logit.
+      top5: The same among the five highest; None with fewer than six classes.
+      sparse_layers: Parameters that were checked to be N:M.
+      step_seconds: Median seconds per optimizer step; None if no step was left.
+    """
+
+    top1: float
+    top5: float | None
+    sparse_layers: int
+    step_seconds: float | None
+
+
+def train_network(
+    options: Options, data: datasets.Dataset, folder: Path, *, progress: bool = True
+) -> Outcome:
+    """Trains one network in its run folder, or continues it there.
+
+    Afterwards the last checkpoint is checked: N:M with the masks that were used.
+
+    Args:
+      options: What to train.
+      data: What `load_data(options)` gave.
+      folder: What `prepare_folder(options)` gave.
+      progress: Whether to show a progress bar.
+
+    Raises:
+      ValueError: A checkpoint in the folder, or `--pretrained`, does not fit.
+      nmjax.CheckError: The trained network is not N:M.
+    """
+    config, rules = train_config(options), sparsity_rules(options)
+    start = {}
+    if options.model.pretrained is not None:
+        loaded = training.restore(options.model.pretrained)
+        start = {
+            "init_params": loaded["params"],
+            "init_batch_stats": loaded["batch_stats"],
+        }
+    result = training.train(
+        make_model(options, data),
+        rules,
+        data,
+        config,
+        folder,
+        progress=progress,
+        **start,
+    )
+    plot_run(folder)
+    return Outcome(
+        result.test_top1, result.test_top5, check_run(folder), result.step_seconds
+    )
+
+
+def check_run(folder: Path) -> int:
+    """Checks the masks that the last checkpoint of a run used.
+
+    Returns:
+      The number of sparse parameters, all of them N:M; 0 for a dense run.
+
+    Raises:
+      nmjax.CheckError: One is not.
+    """
+    saved = training.restore(folder)
+    nmjax.check(saved["params"], saved["plan"], saved["masks"])
+    return len(saved["plan"].sparse)
+
+
+def evaluate_run(options: Options, data: datasets.Dataset) -> dict[str, float]:
+    """Evaluates a trained network, with the masks of its checkpoint.
+
+    Returns:
+      `loss`, `top1`, `count` and, with six classes or more, `top5`.
+
+    Raises:
+      ValueError: `--resume` holds no checkpoint of this model.
+    """
+    saved = training.restore(options.run.resume)
+    variables = {name: saved[name] for name in ("params", "batch_stats", "nm")}
+    return training.evaluate(
+        make_model(options, data),
+        saved["plan"],
+        variables,
+        data,
+        options.optim.batch_size,
+    )

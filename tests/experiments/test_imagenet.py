@@ -1,0 +1,177 @@
+"""The command line of experiments.imagenet: what it reads, refuses and trains."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import imagenet, presets, single
+from experiments.presets import PRESETS, CompareOptions, Options
+from nmjax import models
+from nmjax.training import TrainConfig
+
+
+def refusal(*arguments: str) -> str:
+    """The message with which `parse` and the checks after it refuse a command line."""
+    with pytest.raises(ValueError) as error:
+        options = imagenet.parse(arguments)
+        assert isinstance(options, Options)
+        single.train_config(options)
+        single.sparsity_rules(options)
+    return str(error.value)
+
+
+class TestParse:
+    def test_nothing_is_the_comparison(self):
+        assert imagenet.parse([]) == CompareOptions()
+
+    def test_comparison_takes_its_own_options(self):
+        options = imagenet.parse(["--seeds", "4", "--output-dir", "x"])
+        assert options == CompareOptions(seeds=4, output_dir="x")
+        assert imagenet.parse(["compare", "--epochs", "2"]) == CompareOptions(epochs=2)
+
+    def test_preset_gives_the_defaults(self):
+        options = imagenet.parse(["resnet50-1to4", "--data-path", "D", "--lr=0.2"])
+        expected = PRESETS["resnet50-1to4"].options.replace(
+            data_path="D", lr=0.2, output_dir="runs/resnet50-1to4"
+        )
+        assert options == expected
+
+    def test_model_without_a_preset(self):
+        command = "--model resnet18 --recipe sr_ste --pattern 1:4 --decay 2e-4 --dense"
+        options = imagenet.parse([*command.split(), "(.*/)?head", "stem"])
+        assert isinstance(options, Options)
+        assert options.model.model == "resnet18"
+        assert options.sparsity.pattern == "1:4"
+        assert options.sparsity.dense == ("(.*/)?head", "stem")
+        assert options.run.output_dir == "runs/imagenet2012-resnet18-sr_ste"
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["--help"], ["-h"], ["compare", "--help"], ["resnet18-2to4", "-h"]],
+    )
+    def test_help(self, arguments, capsys):
+        with pytest.raises(SystemExit) as stop:
+            imagenet.parse(arguments)
+        assert not stop.value.code
+        assert "usage: python -m experiments.imagenet" in capsys.readouterr().out
+
+    def test_help_names_every_option_and_preset(self, capsys):
+        with pytest.raises(SystemExit):
+            imagenet.parse(["--help"])
+        text = capsys.readouterr().out
+        for name in [*map(presets.flag, Options().flat()), *PRESETS]:
+            assert name in text
+
+    def test_help_does_not_import_jax(self):
+        code = (
+            "import sys\nfrom experiments import imagenet\n"
+            "try:\n  imagenet.main(['--help'])\nexcept SystemExit:\n  pass\n"
+            "print('imported jax:', 'jax' in sys.modules)"
+        )
+        root = Path(__file__).parents[2]
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=root, capture_output=True, text=True
+        )
+        assert result.stdout.endswith("imported jax: False\n"), result.stderr
+
+
+class TestRefuse:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (
+                "resnet50-2to5",
+                "no preset 'resnet50-2to5' (did you mean resnet50-2to4?)",
+            ),
+            ("nothing", "There are: digits-resnet8-2to4, "),
+            ("--model resnet9", "Expected one of ('resnet8', 'resnet18'"),
+            ("--model resnet8 --recipe srste", "'srste'"),
+            ("--model resnet8 --lr fast", "--lr: could not convert string to float"),
+            ("--model resnet8 --lrate 1", "--lrate"),
+            ("--lr 0.1", "--model"),
+            ("--model resnet8 --lr -1", "--lr is -1.0, expected a number > 0"),
+            ("--model resnet8 --lr nan", "--lr is nan"),
+            ("--model resnet8 --epochs 0", "--epochs is 0, expected an integer >= 1"),
+            ("--model resnet8 --pattern 4:2", "--pattern: not an N:M pattern: '4:2'"),
+            ("--model resnet8 --decay -1", "--decay: decay must be finite"),
+            ("--model resnet8 --dense (", "--dense: Rule path '(' is not a regular"),
+            ("--model resnet8 --dense a --dense b", "--dense is given twice"),
+            (
+                "--model resnet8 --batch-size 10 --gradient-accumulation 3",
+                "--batch-size 10 is not a multiple of --gradient-accumulation 3",
+            ),
+            (
+                "resnet18-2to4 --lr-warmup-epochs 200",
+                "--lr-warmup-epochs is 200.0, expected a number >= 0 and < 120",
+            ),
+            ("resnet50-dense --pattern 2:4", "--pattern has no effect with --recipe"),
+            ("resnet18-2to4 --recipe ste --decay 0", "--decay has no effect with"),
+            ("resnet18-2to4 --opt adamw --nesterov", "--nesterov has no effect with"),
+            ("resnet18-2to4 --lr-gamma 0.2", "--lr-gamma has no effect with"),
+            ("digits-resnet8-2to4 --data-path D", "--data-path has no effect with"),
+            ("resnet18-2to4 --recipe one_shot", "--pretrained"),
+            ("--test-only", "--test-only needs --resume RUN"),
+            ("resnet18-2to4 --resume runs/x", "leave resnet18-2to4 out"),
+            ("--resume /nonexistent/run", "no options.json"),
+        ],
+    )
+    def test_message(self, arguments, words):
+        assert words in refusal(*arguments.split())
+
+    def test_a_presets_own_value_may_idle(self):
+        arguments = ["resnet18-2to4", "--recipe", "dense"]
+        assert single.sparsity_rules(imagenet.parse(arguments)) == []
+
+    def test_one_line_and_exit_code(self, capsys):
+        assert imagenet.main(["resnet18-2to4", "--lr", "x"]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+
+
+class TestPresets:
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_valid(self, name):
+        options = imagenet.parse([name])
+        assert isinstance(single.train_config(options), TrainConfig)
+        hash(options)
+        assert PRESETS[name].about
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_through_json(self, name):
+        options = PRESETS[name].options
+        assert Options.from_flat(json.loads(json.dumps(options.flat()))) == options
+
+    def test_names_say_what_they_are(self):
+        for name, preset in PRESETS.items():
+            options = preset.options
+            assert options.model.model in name
+            end = (
+                "dense"
+                if options.sparsity.recipe == "dense"
+                else options.sparsity.pattern.replace(":", "to")
+            )
+            assert name.endswith(end)
+
+    def test_option_names_are_unique_over_the_groups(self):
+        groups = [
+            getattr(Options(), field.name) for field in dataclasses.fields(Options)
+        ]
+        names = [field.name for group in groups for field in dataclasses.fields(group)]
+        assert len(names) == len(set(names))
+
+    def test_models_are_those_of_the_registry(self):
+        assert presets.MODELS == models.NAMES
+
+    def test_unknown_name(self):
+        with pytest.raises(ValueError, match="lrate"):
+            Options().replace(lrate=1)
+
+    def test_every_field_of_the_trainer_has_an_option(self):
+        fields = {field.name for field in dataclasses.fields(TrainConfig)}
+        assert set(single._CONFIG) == fields - {"loss_scale", "keep"}
