@@ -17,7 +17,14 @@ from typing import TypeVar
 
 import tyro
 
-from experiments.presets import PRESETS, CompareOptions, Options, flag, refuse
+from experiments.presets import (
+    PRESETS,
+    CompareOptions,
+    Options,
+    flag,
+    read_options,
+    refuse,
+)
 
 T = TypeVar("T")
 
@@ -61,14 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        command = parse(arguments)
-        # jax comes in here: `--help` and refusals of the command line do without.
-        if isinstance(command, CompareOptions):
-            from experiments.compare import compare
-
-            compare(command)
-            return 0
-        return _run_single(command, arguments)
+        return _run(parse(arguments), arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -119,30 +119,53 @@ def parse(arguments: Sequence[str]) -> Options | CompareOptions:
 
 
 def _resumed(options: Options, preset: str | None, rest: list[str]) -> Options:
-    """Reads the command line again, over the options of the run to continue."""
-    from experiments.single import read_options
-
-    run = options.run.resume
+    """Reads the command line again, over the options of the run to go on with."""
+    path = Path(options.run.resume or "")
     if preset is not None:
         raise ValueError(
-            f"--resume {run} takes its options from that run: leave {preset} out, or "
-            f"continue it with {preset} --output-dir {run}"
+            f"--resume {path} takes its options from that run: leave {preset} out, or "
+            f"continue it with {preset} --output-dir {path}"
         )
-    saved = read_options(Path(run))
-    if saved is None:
-        raise ValueError(
-            f"--resume {run}: no options.json there or above it, so it is no run of "
-            "this command"
-        )
-    folder = None if options.run.test_only else run
-    base = saved.replace(resume=run, output_dir=folder, test_only=False)
-    return _read(base, rest, PROG, _about())
+    # To evaluate, a path may also be RUN/best or RUN/checkpoints/STEP.
+    folders = [path, *path.parents[:2]] if options.run.test_only else [path]
+    for folder in folders:
+        saved = read_options(folder)
+        if saved is not None:
+            base = saved.replace(resume=None, output_dir=str(folder), test_only=False)
+            return _read(base, rest, PROG, _about())
+    raise ValueError(
+        f"--resume {path}: no options.json there, so it is no run folder of this "
+        "command"
+    )
 
 
-def _run_single(options: Options, arguments: Sequence[str]) -> int:
+def _run(command: Options | CompareOptions, arguments: Sequence[str]) -> int:
+    """Carries out what was parsed; jax comes in here and not before."""
+    from experiments.compare import compare
+    from nmjax import training
+
+    try:
+        if isinstance(command, CompareOptions):
+            compare(command)
+        else:
+            _run_single(command)
+    except training.TrainingInterrupted as stop:
+        again = shlex.join([*PROG.split(), *arguments])
+        print(
+            f"\nstopped after step {stop.step}, which is saved. The same command "
+            f"continues from there: {again}",
+            file=sys.stderr,
+        )
+        raise
+    except training.TrainingDiverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run_single(options: Options) -> None:
     """Trains, continues or evaluates one network and says how it went."""
     from experiments import single
-    from nmjax import training
 
     single.train_config(options)
     single.sparsity_rules(options)
@@ -152,20 +175,12 @@ def _run_single(options: Options, arguments: Sequence[str]) -> int:
             f"{options.run.resume} on {scores['count']:.0f} test images of "
             f"{options.data.dataset}: {_scores(scores['top1'], scores.get('top5'))}"
         )
-        return 0
+        return
     folder = single.prepare_folder(options)
     data = single.load_data(options)
     single.describe(options, data, print)
     print(f"run folder: {folder}\n", flush=True)
-    try:
-        outcome = single.train_network(options, data, folder)
-    except training.TrainingInterrupted as stop:
-        again = shlex.join([*PROG.split(), *arguments])
-        print(f"\n{stop}\nThe same command continues: {again}", file=sys.stderr)
-        raise
-    except training.TrainingDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    outcome = single.train_network(options, data, folder)
     layers = outcome.sparse_layers
     print(
         f"\nTest set: {_scores(outcome.top1, outcome.top5)}\n"
@@ -174,7 +189,6 @@ def _run_single(options: Options, arguments: Sequence[str]) -> int:
         f"Next: python -m nmjax check {folder}, python -m nmjax summary {folder}, or "
         f"{PROG} --test-only --resume {folder}"
     )
-    return 0
 
 
 def _scores(top1: float, top5: float | None) -> str:

@@ -5,6 +5,8 @@ help and most refusals come at once.
 """
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 Dataset = Literal["digits", "fashion_mnist", "imagenet2012", "image_folder"]
@@ -22,9 +24,14 @@ class DataOptions:
     # Folder that holds the dataset; None = where `experiments.prepare` puts it.
     data_path: str | None = None
 
-    # Height and width of the training images in pixels; None = the dataset's own
-    # (digits 8, fashion_mnist 28, the others 224).
+    # Height and width of the images in pixels; None = the dataset's own, which is 8 for
+    # digits, 28 for fashion_mnist, 224 for the others.
     image_size: int | None = None
+
+    # Of training images: shift (digits, fashion_mnist) by up to an eighth of the side;
+    # crop_flip (the others): a random crop of 8 to 100 % of the area, mirrored in one
+    # case of two; None = crop_flip where it applies, otherwise none.
+    augment: Literal["none", "shift", "crop_flip"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +324,14 @@ def _refuse_idle(options: Options, given: set[str]) -> None:
     s, o, run = options.sparsity, options.optim, options.run
     idle: dict[str, str] = {}
     if run.test_only:
-        heard = {"test_only", "resume", "data_path", "batch_size", "dtype"}
+        heard = {
+            "test_only",
+            "resume",
+            "data_path",
+            "image_size",
+            "batch_size",
+            "dtype",
+        }
         idle |= {name: "--test-only" for name in options.flat() if name not in heard}
     if s.recipe == "dense":
         sparsity = {field.name for field in dataclasses.fields(s)} - {"recipe"}
@@ -333,13 +347,31 @@ def _refuse_idle(options: Options, given: set[str]) -> None:
             name: f"--lr-scheduler {o.lr_scheduler}"
             for name in ("lr_steps", "lr_gamma")
         }
-    if options.data.dataset == "digits":
-        idle |= {
-            "data_path": "--dataset digits, which is in the repository",
-            "image_size": "--dataset digits",
-        }
+    if run.resume is not None:
+        idle |= {"output_dir": "--resume, which goes on in the folder that it names"}
     for name in sorted(given & set(idle)):
         raise ValueError(f"{flag(name)} has no effect with {idle[name]}: leave it out")
+
+
+def write_options(options: Options, folder: Path) -> None:
+    """Writes options.json into a run folder, so that `--resume` finds them."""
+    text = json.dumps(options.flat(), indent=1)
+    (folder / "options.json").write_text(text + "\n")
+
+
+def read_options(folder: Path) -> Options | None:
+    """The options that a run folder was trained with; None if it says nothing.
+
+    Raises:
+      ValueError: The file is damaged.
+    """
+    path = folder / "options.json"
+    if not path.is_file():
+        return None
+    try:
+        return Options.from_flat(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def flag(name: str) -> str:

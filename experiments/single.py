@@ -1,7 +1,6 @@
 """One network from its options: plan it, train it, check it, plot it."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import nmjax
 from experiments import data as datasets
 from experiments.plots import plot_run
-from experiments.presets import Options, flag
+from experiments.presets import Options, flag, read_options, write_options
 from nmjax import models, training
 
 # Fields of TrainConfig by the options that they come from.
@@ -41,7 +40,15 @@ _CONFIG = {
 }
 
 # Options that may differ between the start of a run and its continuation.
-_FREE = {"data_path", "output_dir", "resume", "test_only"}
+_FREE = {
+    "data_path",
+    "output_dir",
+    "resume",
+    "test_only",
+    "epochs",
+    "checkpoint_every",
+    "print_freq",
+}
 
 
 def train_config(options: Options) -> training.TrainConfig:
@@ -93,14 +100,19 @@ def sparsity_rules(options: Options) -> list[nmjax.Rule]:
     return [*dense, nmjax.Rule(".*", recipe, ineligible=given.ineligible)]
 
 
-def load_data(options: Options) -> datasets.Dataset:
+def load_data(options: Options) -> datasets.Data:
     """Opens the dataset.
 
     Raises:
       ValueError: It is missing or damaged, or smaller than one batch.
     """
     given = options.data
-    data = datasets.load(given.dataset, given.data_path, image_size=given.image_size)
+    data = datasets.load(
+        given.dataset,
+        given.data_path,
+        image_size=given.image_size,
+        augment=given.augment,
+    )
     if options.optim.batch_size > data.num_train:
         raise ValueError(
             f"--batch-size {options.optim.batch_size} is more than the "
@@ -109,7 +121,7 @@ def load_data(options: Options) -> datasets.Dataset:
     return data
 
 
-def make_model(options: Options, data: datasets.Dataset):
+def make_model(options: Options, data: datasets.Data):
     """The dense linen model for the images of `data`."""
     return models.create(
         options.model.model,
@@ -119,26 +131,21 @@ def make_model(options: Options, data: datasets.Dataset):
     )
 
 
-def example(data: datasets.Dataset) -> jax.ShapeDtypeStruct:
+def example(data: datasets.Data) -> jax.ShapeDtypeStruct:
     """Shape and dtype of one image as the model takes it, `(1, H, W, C)` float32."""
     return jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
 
 
 def prepare_folder(options: Options) -> Path:
-    """Makes the run folder and writes the options into it.
-
-    Returns:
-      The folder.
+    """Makes the run folder, or finds there a run that these options continue.
 
     Raises:
       ValueError: It cannot be made, or holds a run with other options.
     """
     folder = Path(options.run.output_dir or "")
-    now = options.flat()
     # A run that has no checkpoint yet starts afresh, with whatever options.
-    saved = read_options(folder) if (folder / "checkpoints").is_dir() else None
-    if saved is not None:
-        then = saved.flat()
+    if (folder / "checkpoints").is_dir() and (saved := read_options(folder)):
+        then, now = saved.flat(), options.flat()
         changed = [k for k in now if k not in _FREE and now[k] != then[k]]
         if changed:
             raise ValueError(
@@ -149,32 +156,14 @@ def prepare_folder(options: Options) -> Path:
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "options.json").write_text(json.dumps(now, indent=1) + "\n")
     except OSError as error:
         raise ValueError(
-            f"--output-dir {folder}: {error.strerror or error}; give a folder that "
-            "can be written"
+            f"--output-dir {folder}: {error.strerror}; give a folder that can be made"
         ) from None
     return folder
 
 
-def read_options(folder: Path) -> Options | None:
-    """The options of the run that a folder, or a checkpoint in it, belongs to.
-
-    Raises:
-      ValueError: The file is damaged.
-    """
-    for parent in (folder, *list(folder.parents)[:2]):
-        path = parent / "options.json"
-        if path.is_file():
-            try:
-                return Options.from_flat(json.loads(path.read_text()))
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path} is damaged: {error}") from None
-    return None
-
-
-def describe(options: Options, data: datasets.Dataset, say: Callable[[str], None]):
+def describe(options: Options, data: datasets.Data, say: Callable[[str], None]):
     """Plans the network and says what is about to be trained, computing nothing.
 
     Raises:
@@ -215,7 +204,7 @@ class Outcome:
 
 
 def train_network(
-    options: Options, data: datasets.Dataset, folder: Path, *, progress: bool = True
+    options: Options, data: datasets.Data, folder: Path, *, progress: bool = True
 ) -> Outcome:
     """Trains one network in its run folder, or continues it there.
 
@@ -239,6 +228,7 @@ def train_network(
             "init_params": loaded["params"],
             "init_batch_stats": loaded["batch_stats"],
         }
+    write_options(options, folder)
     result = training.train(
         make_model(options, data),
         rules,
@@ -268,7 +258,7 @@ def check_run(folder: Path) -> int:
     return len(saved["plan"].sparse)
 
 
-def evaluate_run(options: Options, data: datasets.Dataset) -> dict[str, float]:
+def evaluate_run(options: Options, data: datasets.Data) -> dict[str, float]:
     """Evaluates a trained network, with the masks of its checkpoint.
 
     Returns:

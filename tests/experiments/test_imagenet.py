@@ -112,7 +112,6 @@ class TestRefuse:
             ("resnet18-2to4 --recipe ste --decay 0", "--decay has no effect with"),
             ("resnet18-2to4 --opt adamw --nesterov", "--nesterov has no effect with"),
             ("resnet18-2to4 --lr-gamma 0.2", "--lr-gamma has no effect with"),
-            ("digits-resnet8-2to4 --data-path D", "--data-path has no effect with"),
             ("resnet18-2to4 --recipe one_shot", "--pretrained"),
             ("--test-only", "--test-only needs --resume RUN"),
             ("resnet18-2to4 --resume runs/x", "leave resnet18-2to4 out"),
