@@ -87,18 +87,18 @@ def _judge(entry: PlanEntry, w, mask, masks) -> list[Problem]:
         return [Problem(path, "missing", "is in the plan, not in the parameters")]
     if w.shape != entry.shape:
         return [Problem(path, "shape", f"plan {entry.shape}, parameter {w.shape}")]
-    if mask is None and (masks or entry.recipe.needs_state):
+    needs_state = sparsity.recipe.needs_state
+    if mask is None and (masks or needs_state):
         return [Problem(path, "missing", "the state has no mask for it")]
-    own = None
-    if mask is None or not entry.recipe.needs_state:
-        own = np.asarray(sparsity.choose_mask(w))
+    keeps_mask = needs_state and mask is not None
+    own = mask if keeps_mask else np.asarray(sparsity.choose_mask(w))
     mask = own if mask is None else mask
     if mask.shape != entry.shape:
         return [Problem(path, "shape", f"weight {entry.shape}, mask {mask.shape}")]
     wrong = _wrong_groups(mask, sparsity)
     if wrong.any():
         return [_not_nm(entry, w, mask, wrong)]
-    if own is not None and (mask != own).any():
+    if (mask != own).any():
         at = tuple(int(i) for i in np.argwhere(mask != own)[0])
         return [
             Problem(
@@ -113,15 +113,15 @@ def _judge(entry: PlanEntry, w, mask, masks) -> list[Problem]:
 
 def _groups(array: np.ndarray, sparsity: Sparsity) -> np.ndarray:
     """(..., size / m, m): the full groups along the axis, which comes last."""
-    m = sparsity.recipe.pattern.m
+    m = sparsity.pattern.m
     rows = np.moveaxis(array, sparsity.axis, -1)
     full = rows.shape[-1] // m * m
     return rows[..., :full].reshape(*rows.shape[:-1], full // m, m)
 
 
 def _wrong_groups(mask: np.ndarray, sparsity: Sparsity) -> np.ndarray:
-    """(..., number of groups): where the number kept is not n; tails are checked too."""
-    pattern = sparsity.recipe.pattern
+    """(..., number of groups): where the number kept is not n, tails included."""
+    pattern = sparsity.pattern
     wrong = _groups(mask, sparsity).sum(-1) != pattern.n
     tail = mask.shape[sparsity.axis] % pattern.m
     if tail:
@@ -132,7 +132,8 @@ def _wrong_groups(mask: np.ndarray, sparsity: Sparsity) -> np.ndarray:
 
 
 def _not_nm(entry: PlanEntry, w, mask, wrong) -> Problem:
-    sparsity, pattern = Sparsity.of(entry), entry.recipe.pattern
+    sparsity = Sparsity.of(entry)
+    pattern = sparsity.pattern
     for axis in range(-mask.ndim, 0):
         other = dataclasses.replace(sparsity, axis=axis)
         fits = mask.shape[axis] % pattern.m == 0
@@ -182,9 +183,11 @@ def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
     kept = total = 0
     for entry in plan:
         w, mask = weights.get(entry.path), masks.get(entry.path)
-        density, verdict = 1.0, entry.reason
+        density, verdict, recipe = 1.0, entry.reason, "-"
         if entry.sparse:
-            density, verdict = entry.recipe.pattern.density, "not judged"
+            sparsity = Sparsity.of(entry)
+            recipe = f"{sparsity.recipe.name} {sparsity.pattern}"
+            density, verdict = sparsity.pattern.density, "not judged"
             if hasattr(w, "__array__"):
                 problems = _judge(
                     entry,
@@ -193,7 +196,6 @@ def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
                     masks,
                 )
                 verdict = problems[0].kind if problems else "yes"
-        recipe = f"{entry.recipe.name} {entry.recipe.pattern}" if entry.sparse else "-"
         shape = "x".join(map(str, entry.shape))
         axes = ",".join(map(str, entry.axes)) or "-"
         row = (entry.path, entry.layer, shape, axes, recipe, f"{density:.3f}", verdict)

@@ -47,11 +47,8 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
     """
     import optax
 
-    sparse = {
-        entry.path: Sparsity.of(entry)
-        for entry in plan.sparse
-        if entry.recipe.decay_in == "optimizer"
-    }
+    sparse = {entry.path: Sparsity.of(entry) for entry in plan.sparse}
+    sparse = {p: s for p, s in sparse.items() if s.recipe.decay_in == "optimizer"}
 
     def init(params):
         del params

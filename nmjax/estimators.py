@@ -10,6 +10,9 @@ masked weight reaches every entry of `w`. With λ > 0 it is SR-STE
 
 Each function acts on one weight and knows nothing of layers or GEMMs. Masks are
 read from `w` as it is stored: cast to the compute dtype after, never before.
+
+Gradients are reverse mode. jax refuses `jvp`, `jacfwd` and `linearize`, and its
+traceback shows the line that calls the `custom_vjp`: the comment there is for the user.
 """
 
 import jax
@@ -31,7 +34,8 @@ def ste(w: jax.Array, pattern: str | NMPattern, axis: int = -2) -> jax.Array:
       `w` with the dropped entries set to zero; its shape and dtype.
 
     Raises:
-      ValueError: The pattern is malformed or `axis` does not divide by m.
+      ValueError: The pattern is malformed, `axis` does not divide by m, or `w` is not
+        floating point.
     """
     return sr_ste(w, pattern, axis, decay=0)
 
@@ -59,8 +63,15 @@ def sr_ste(
       `w` with the dropped entries set to zero; its shape and dtype.
 
     Raises:
-      ValueError: The pattern is malformed or `axis` does not divide by m.
+      ValueError: The pattern is malformed, `axis` does not divide by m, or `w` is not
+        floating point.
     """
+    dtype = jnp.result_type(w)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"a weight of dtype {dtype} has no gradient: expected a floating-point "
+            "dtype; for the mask alone use nmjax.magnitude_mask"
+        )
     return straight_through(w, magnitude_mask(w, pattern, axis=axis), decay)
 
 
@@ -78,8 +89,9 @@ def straight_through(
       `where(mask, w, 0)`. Backward: `dw = dw_s + decay * where(mask, 0, w)`.
     """
     if isinstance(decay, int | float) and decay == 0:
-        return _ste(w, mask)
-    return _sr_ste(w, mask, jnp.asarray(decay, w.dtype))
+        return _ste(w, mask)  # no forward mode (jvp): use nmjax.densify(model)
+    decay = jnp.asarray(decay, w.dtype)
+    return _sr_ste(w, mask, decay)  # no forward mode (jvp): use nmjax.densify(model)
 
 
 def masked(w: jax.Array, mask: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ A recipe that keeps its mask reads it from the collection "nm":
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 from flax import linen as nn
@@ -26,9 +26,11 @@ from nmjax.sparse_kernel import (
     KernelBox,
     MaskKernel,
     PromoteKernel,
-    Sparsity,
     SparseKernel,
+    Sparsity,
 )
+
+_Base = nn.Module if TYPE_CHECKING else object
 
 RecipeLike = Recipe | NMPattern | str | None
 
@@ -49,13 +51,15 @@ def hooked(
         return
     match layer:
         case nn.Dense() | nn.DenseGeneral():
-            hooks = {"promote_dtype": PromoteKernel(own, wrap=wrap)}
-            hooks["dot_general"] = DotGeneral()
+            promote, hooks = PromoteKernel, {"dot_general": DotGeneral()}
         case nn.Conv():
-            hooks = {"promote_dtype": PromoteKernel(own, wrap=wrap)}
-            hooks["conv_general_dilated"] = ConvGeneralDilated()
+            promote, hooks = (
+                PromoteKernel,
+                {"conv_general_dilated": ConvGeneralDilated()},
+            )
         case _:
-            hooks = {"promote_dtype": MaskKernel(own, wrap=wrap)}
+            promote, hooks = MaskKernel, {}
+    hooks = {**hooks, "promote_dtype": promote(own, wrap=wrap)}
     saved = {name: getattr(layer, name) for name in hooks}
     try:
         for name, hook in hooks.items():
@@ -71,16 +75,18 @@ _LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.Einsum)
 
 def hook_boxed_layers(next_function, args, kwargs, context):
     """Interceptor: hooks each layer whose kernel comes in a box."""
-    layer = context.module
-    if isinstance(layer, _LAYERS) and context.method_name == "__call__":
-        if isinstance(layer.scope.get_variable("params", "kernel"), KernelBox):
+    layer, scope = context.module, context.module.scope
+    if isinstance(layer, _LAYERS) and context.method_name == "__call__" and scope:
+        if isinstance(scope.get_variable("params", "kernel"), KernelBox):
             with hooked(layer):
                 return next_function(*args, **kwargs)
     return next_function(*args, **kwargs)
 
 
-class _Layer:
+class _Layer(_Base):
     """What the layers below share: a recipe of their own."""
+
+    recipe: RecipeLike
 
     @property
     def nm_recipe(self) -> Recipe | None:
@@ -90,21 +96,22 @@ class _Layer:
 
     def _hooked(self, *args, **kwargs):
         recipe = self.nm_recipe
-        if recipe is None:
+        if recipe is None or recipe.pattern is None:
             return contextlib.nullcontext()
+        m, scope = recipe.pattern.m, self.scope
 
         def wrap(kernel):
             path = "/".join((*self.path, "kernel"))
             axes = contracted_axes(self, kernel.ndim, args, kwargs)
             reason = why_no_hook(self, kernel.shape)
             if axes is None:
-                reason = "its equation contracts no axis of the kernel"
-            elif not reason and kernel.shape[axes[-1]] % recipe.pattern.m:
-                size, m = kernel.shape[axes[-1]], recipe.pattern.m
+                raise PlanError(f"{path}: the equation contracts no axis of the kernel")
+            size = kernel.shape[axes[-1]]
+            if not reason and size % m:
                 reason = f"the contracted axis has size {size}, not a multiple of {m}"
             if reason:
                 raise PlanError(f"{path} cannot be sparse ({reason}): use recipe=None")
-            stored = self.scope.get_variable("nm", "kernel") or {}
+            stored = (scope.get_variable("nm", "kernel") if scope else None) or {}
             sparsity = Sparsity(path, recipe, axes[-1] - kernel.ndim)
             return SparseKernel(kernel, stored.get("mask"), sparsity)
 

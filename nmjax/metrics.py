@@ -5,7 +5,6 @@ The functions take states, `{…: {"kernel": {"mask": bool array}}}`, as `init_s
 jittable.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,12 +83,9 @@ def _count(changed: jax.Array) -> jax.Array:
 
 
 def _shares(parts: dict[str, tuple[Any, Any]]) -> dict[str, jax.Array]:
-    float32: Callable[[Any], jax.Array] = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
-    parts = {path: (float32(a), float32(b)) for path, (a, b) in parts.items()}
-    parts["total"] = tuple(
-        sum((pair[i] for pair in parts.values()), jnp.zeros((), jnp.float32))
-        for i in range(2)
-    )
-    return {
-        path: part / jnp.maximum(whole, 1e-30) for path, (part, whole) in parts.items()
-    }
+    """Part over whole by path; the total is the sum of parts over that of wholes."""
+    whole = {path: jnp.asarray(b, jnp.float32) for path, (_, b) in parts.items()}
+    part = {path: jnp.asarray(a, jnp.float32) for path, (a, _) in parts.items()}
+    zero = jnp.zeros((), jnp.float32)
+    part["total"], whole["total"] = sum(part.values(), zero), sum(whole.values(), zero)
+    return {path: part[path] / jnp.maximum(whole[path], 1e-30) for path in part}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from nmjax.paths import named_leaves
 from nmjax.pattern import NMPattern
@@ -33,8 +34,8 @@ class Rule:
 
     Attributes:
       path: Regular expression that must match the whole slash-joined path of a
-        layer, such as "encoder/layers_0/attn/query" (without the final "/kernel"); for a
-        parameter of another name, the path of the parameter.
+        layer, such as "encoder/layers_0/attn/query", without the final "/kernel"; for
+        a parameter of another name, the path of the parameter.
       recipe: A recipe; a pattern such as "2:4", short for `recipes.sr_ste("2:4")`;
         or None: the layer stays dense.
       axis: The axis along which groups run, counted from the end. Only for
@@ -292,7 +293,7 @@ def plan_params(params: Any, rules: Rules) -> Plan:
             if -rule.axis > len(shape):
                 reason = f"axis {rule.axis} does not exist in shape {shape}"
         elif len(shape) != 2 and not (len(shape) == 4 and path.endswith("kernel")):
-            reason = f"rank {len(shape)} does not tell which axis is contracted: give Rule(axis=)"
+            reason = f"rank {len(shape)} does not tell the contracted axis: Rule(axis=)"
         candidates.append(
             Candidate(path, shape, str(leaf.dtype), axes=axes, reason=reason)
         )
@@ -321,17 +322,15 @@ def make_plan(candidates: Iterable[Candidate], rules: Sequence[Rule]) -> Plan:
         rule = None if index is None else rules[index]
         used.add(index)
         recipe, ragged, reason = candidate.recipe, None, ""
-        if recipe is None and rule is None:
-            reason = "no rule matches"
-        elif recipe is None and rule.recipe is None:
-            reason = "dense by rule"
-        else:
-            if recipe is None:
-                recipe, ragged = rule.recipe, rule.ragged
-            reason = candidate.reason or _why_not(candidate, recipe.pattern, ragged)
-        if candidate.ignored and recipe is not None:
+        if recipe is None and rule is not None:
+            recipe, ragged = rule.recipe, rule.ragged
+        if recipe is None:
+            reason = "no rule matches" if rule is None else "dense by rule"
+        elif candidate.ignored:
             recipe, reason = None, "not used by this call"
-        elif reason and recipe is not None:
+        else:
+            reason = candidate.reason or _why_not(candidate, recipe, ragged)
+        if recipe is not None and reason:
             recipe = None
             if rule is None or rule.ineligible == "error":
                 refused.append((candidate, reason))
@@ -352,13 +351,13 @@ def make_plan(candidates: Iterable[Candidate], rules: Sequence[Rule]) -> Plan:
     return Plan(tuple(entries))
 
 
-def _why_not(candidate: Candidate, pattern: NMPattern, ragged: Ragged | None) -> str:
+def _why_not(candidate: Candidate, recipe: Recipe, ragged: Ragged | None) -> str:
     if not jnp.issubdtype(jnp.dtype(candidate.dtype), jnp.floating):
         return f"dtype {candidate.dtype} is not floating point"
     axis = candidate.axes[-1]
     size = candidate.shape[axis]
-    if size % pattern.m and ragged is None:
-        return f"axis {axis} has size {size}, not a multiple of {pattern.m}"
+    if recipe.pattern and size % recipe.pattern.m and ragged is None:
+        return f"axis {axis} has size {size}, not a multiple of {recipe.pattern.m}"
     return ""
 
 
@@ -399,13 +398,15 @@ def check_sharding(path: str, array: Any, axis: int, recipe: Recipe | None) -> N
     Raises:
       PlanError: The shard's size along `axis` is not a multiple of m.
     """
-    if recipe is None or not isinstance(array, jax.Array):
+    if recipe is None or recipe.pattern is None or not isinstance(array, jax.Array):
         return
-    traced = isinstance(array, jax.core.Tracer)
-    sharding = jax.typeof(array).sharding if traced else array.sharding
     shape, m = array.shape, recipe.pattern.m
-    if sharding is None or (traced and sharding.mesh.empty):
-        return
+    if isinstance(array, Tracer):
+        sharding = jax.typeof(array).sharding
+        if sharding.mesh.empty:
+            return
+    else:
+        sharding = array.sharding
     size = sharding.shard_shape(shape)[axis]
     if size != shape[axis] and size % m:
         raise PlanError(

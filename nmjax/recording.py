@@ -86,7 +86,7 @@ class _Tag(meta.AxisMetadata):
 
     @classmethod
     def tree_unflatten(cls, static, children):
-        return cls(*children, static)
+        return cls(children[0], static)
 
     def unbox(self):
         return self.value

@@ -10,7 +10,7 @@ the length of one call.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from nmjax import estimators
 from nmjax.masks import magnitude_mask
 from nmjax.ops import nm_conv, nm_dot_general
 from nmjax.paths import map_named
+from nmjax.pattern import NMPattern
 from nmjax.planning import Plan, PlanEntry, Ragged
 from nmjax.recipes import Recipe
 
@@ -43,14 +44,23 @@ class Sparsity:
 
     @classmethod
     def of(cls, entry: PlanEntry) -> "Sparsity":
-        """The facts that a sparse entry of a plan holds."""
+        """The facts that a sparse entry of a plan holds.
+
+        Raises:
+          ValueError: The entry is dense.
+        """
+        if entry.recipe is None:
+            raise ValueError(f"{entry.path} is dense in this plan: {entry.reason}")
         return cls(entry.path, entry.recipe, entry.axis, entry.ragged)
+
+    @property
+    def pattern(self) -> NMPattern:
+        """The recipe's pattern."""
+        return cast(NMPattern, self.recipe.pattern)
 
     def choose_mask(self, w: jax.Array) -> jax.Array:
         """The mask of `w` as stored: bool, its shape, True = kept."""
-        return magnitude_mask(
-            w, self.recipe.pattern, axis=self.axis, ragged=self.ragged
-        )
+        return magnitude_mask(w, self.pattern, axis=self.axis, ragged=self.ragged)
 
     def mask(self, w: jax.Array, stored: jax.Array | None) -> jax.Array:
         """The mask that acts on `w`: the stored one if there is one.
@@ -146,7 +156,8 @@ class KernelBox(meta.AxisMetadata):
     @classmethod
     def tree_unflatten(cls, sparsity, children):
         """The inverse of `tree_flatten_with_keys`."""
-        return cls(*children, sparsity)
+        value, mask = children
+        return cls(value, mask, sparsity)
 
     def unbox(self) -> SparseKernel:
         """What the layer's `self.param` returns."""

@@ -9,6 +9,7 @@ It is empty where every recipe chooses its masks anew at each use (SR-STE). The 
 holds it: `model.apply({"params": params, "nm": state}, x)`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.paths import join, map_named, named_leaves, nest
-from nmjax.planning import Plan, PlanEntry, check_sharding
+from nmjax.planning import Plan, check_sharding
 from nmjax.sparse_kernel import Sparsity
 
 NMState = dict[str, Any]
@@ -37,11 +38,12 @@ def init_state(params: Any, plan: Plan) -> NMState:
         sharding cuts groups in two.
     """
     flat: dict[str, Any] = {}
-    for entry, w in _sparse_weights(params, plan):
-        if entry.recipe.needs_state:
-            flat[entry.path] = {"mask": Sparsity.of(entry).choose_mask(w)}
-            if entry.recipe.refresh is not None:
-                flat[entry.path]["flip_rate"] = jnp.zeros((), jnp.float32)
+    for sparsity, w in _sparse_weights(params, plan):
+        if sparsity.recipe.needs_state:
+            entry = {"mask": sparsity.choose_mask(w)}
+            if sparsity.recipe.refresh is not None:
+                entry["flip_rate"] = jnp.zeros((), jnp.float32)
+            flat[sparsity.path] = entry
     return nest(flat)
 
 
@@ -64,28 +66,18 @@ def refresh(state: NMState, params: Any, plan: Plan, step: int | jax.Array) -> N
     stored = state_masks(state, plan)
     rates = state_leaves(state, "flip_rate")
     flat: dict[str, Any] = {}
-    for entry, w in _sparse_weights(params, plan):
-        if not entry.recipe.needs_state:
+    for sparsity, w in _sparse_weights(params, plan):
+        path, interval = sparsity.path, sparsity.recipe.refresh
+        if not sparsity.recipe.needs_state:
             continue
-        mask = _stored_mask(entry, stored)
-        flat[entry.path] = {"mask": mask}
-        if entry.recipe.refresh is None:
+        mask = sparsity.mask(w, stored.get(path))
+        flat[path] = {"mask": mask}
+        if interval is None:
             continue
-
-        def choose(w, mask, rate, sparsity=Sparsity.of(entry)):
-            del rate
-            new = sparsity.choose_mask(w)
-            return new, jnp.mean(new != mask, dtype=jnp.float32)
-
-        mask, rate = jax.lax.cond(
-            jnp.asarray(step) % entry.recipe.refresh == 0,
-            choose,
-            lambda w, mask, rate: (mask, rate),
-            w,
-            mask,
-            rates[entry.path],
-        )
-        flat[entry.path] = {"mask": mask, "flip_rate": rate}
+        due = jnp.asarray(step) % interval == 0
+        new = jax.lax.cond(due, sparsity.choose_mask, lambda w, mask=mask: mask, w)
+        rate = jnp.mean(new != mask, dtype=jnp.float32)
+        flat[path] = {"mask": new, "flip_rate": jnp.where(due, rate, rates[path])}
     return nest(flat)
 
 
@@ -109,8 +101,8 @@ def prepare(params: Any, plan: Plan, state: NMState | None = None) -> NMState:
     stored = state_masks(state or {}, plan)
     return nest(
         {
-            entry.path: {"mask": Sparsity.of(entry).mask(w, stored.get(entry.path))}
-            for entry, w in _sparse_weights(params, plan)
+            sparsity.path: {"mask": sparsity.mask(w, stored.get(sparsity.path))}
+            for sparsity, w in _sparse_weights(params, plan)
         }
     )
 
@@ -135,8 +127,8 @@ def sparsify_params(params: Any, plan: Plan, state: NMState | None = None) -> An
     """
     stored = state_masks(state or {}, plan)
     masked = {
-        entry.path: Sparsity.of(entry).apply(w, stored.get(entry.path))
-        for entry, w in _sparse_weights(params, plan)
+        sparsity.path: sparsity.apply(w, stored.get(sparsity.path))
+        for sparsity, w in _sparse_weights(params, plan)
     }
     return map_named(lambda path, leaf: masked.get(path, leaf), params)
 
@@ -183,17 +175,8 @@ def state_leaves(state: NMState, name: str) -> dict[str, jax.Array]:
     return {p.removesuffix(suffix): leaf for p, leaf in paths if p.endswith(suffix)}
 
 
-def _stored_mask(entry: PlanEntry, stored: dict[str, jax.Array]) -> jax.Array:
-    if entry.path not in stored:
-        raise ValueError(
-            f"{entry.path}: recipe {entry.recipe.name!r} keeps its mask in the state, "
-            "and this state has none; make it with nmjax.init_state(params, plan)"
-        )
-    return stored[entry.path]
-
-
-def _sparse_weights(params: Any, plan: Plan):
-    """Each sparse entry with its weight, checked against the plan."""
+def _sparse_weights(params: Any, plan: Plan) -> Iterator[tuple[Sparsity, jax.Array]]:
+    """The sparse parameters of the plan, each with its weight, checked."""
     leaves = named_leaves(params)
     for entry in plan.sparse:
         if entry.path not in leaves:
@@ -208,4 +191,4 @@ def _sparse_weights(params: Any, plan: Plan):
                 f"parameter has {np.shape(w)}; make the plan anew"
             )
         check_sharding(entry.path, w, entry.axis, entry.recipe)
-        yield entry, jnp.asarray(w)
+        yield Sparsity.of(entry), jnp.asarray(w)

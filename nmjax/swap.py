@@ -9,11 +9,12 @@ read one. An nnx model is cloned; see `nmjax.nnx`.
 import dataclasses
 import functools
 import logging
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 from flax import linen as nn
 from flax.core import DenyList
+from jax.core import Tracer
 
 from nmjax.linen import hook_boxed_layers
 from nmjax.paths import named_leaves
@@ -31,6 +32,7 @@ from nmjax.sparse_kernel import box_kernels, open_boxes
 from nmjax.state import init_state, state_masks
 
 Model = TypeVar("Model")
+_Base = nn.Module if TYPE_CHECKING else object
 logger = logging.getLogger("nmjax")
 
 
@@ -131,8 +133,8 @@ def _nnx_of(model: Any) -> Any:
 
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"expected a flax.linen or flax.nnx module, got {type(model).__name__}; for "
-            "a bare parameter tree use nmjax.plan_params and nmjax.sparsify_params"
+            f"expected a flax.linen or flax.nnx module, got {type(model).__name__}; "
+            "for a parameter tree use nmjax.plan_params and nmjax.sparsify_params"
         )
     import nmjax.nnx
 
@@ -144,7 +146,7 @@ def _fields(model: nn.Module) -> dict[str, Any]:
     return {name: getattr(model, name) for name in names if name != "parent"}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sparse_class(base: type, rules: tuple[Rule, ...]) -> type:
     """One class for each (class, rules): equal models are equal and share traces."""
     attributes = {
@@ -163,7 +165,7 @@ def _rebuild(base: type, rules: tuple[Rule, ...], fields: dict[str, Any]) -> nn.
     return sparsify(base(**fields), rules)
 
 
-class _SparseModel:
+class _SparseModel(_Base):
     """What the subclass made by `sparsify` puts before the model's own methods."""
 
     nm_base: type
@@ -261,7 +263,7 @@ def _split_arrays(tree: Any) -> tuple[list[Any], Any]:
 def _plan_of_call(model, dense, variables, args, kwargs) -> Plan:
     """The plan that one call of a sparse model follows; remembered for eager calls."""
     leaves, treedef = jax.tree.flatten((variables, args, kwargs))
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         return _make_plan_of_call(model, dense, variables, args, kwargs)
     key = (
         dense,
