@@ -23,13 +23,14 @@ import pytest  # noqa: E402
 hypothesis.settings.register_profile("nmjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("nmjax")
 
-# Error of one output of a GEMM of unit-variance operands is about base * sqrt(k): a
-# few units in the last place of a sum whose size grows like sqrt(k).
+# The largest error among the outputs of a GEMM of unit-variance operands is below
+# base * sqrt(k): rounding errors grow as the sum does. For 16-bit types the rounding of
+# the result leads (four units in the last place), else that of the accumulation.
 TOLERANCE = {
-    jnp.dtype("float64"): 4e-15,
-    jnp.dtype("float32"): 2e-6,
-    jnp.dtype("float16"): 2e-3,
-    jnp.dtype("bfloat16"): 2e-2,
+    jnp.dtype("float64"): 8e-15,
+    jnp.dtype("float32"): 4e-6,
+    jnp.dtype("float16"): 4e-3,
+    jnp.dtype("bfloat16"): 3e-2,
 }
 
 
