@@ -54,15 +54,14 @@ class CheckpointWriter:
         self._latest = _manager(run_dir / "checkpoints", keep)
         self._best = _manager(run_dir / "best", 1)
 
-    @property
-    def last_step(self) -> int | None:
-        """The latest complete step; waits for the one being written.
+    def wait(self) -> None:
+        """Waits until the steps begun are complete.
 
         Raises:
-          CheckpointError: Writing it failed.
+          CheckpointError: Writing one failed.
         """
-        self._wait(self._latest)
-        return self._latest.latest_step()
+        for manager in (self._latest, self._best):
+            self._wait(manager)
 
     def save(self, items: Mapping[str, Any], data: Any, meta: Mapping[str, Any]):
         """Starts to write a step; its arrays may be donated when this returns.
@@ -81,17 +80,22 @@ class CheckpointWriter:
 
     def save_best(self, items: Mapping[str, Any], meta: Mapping[str, Any]):
         """Starts to write the best step so far, without what only training needs."""
+        # A run that went back to an earlier checkpoint may find its best at a step
+        # before that of the best so far.
+        for step in self._best.all_steps():
+            if step >= meta["step"]:
+                self._best.delete(step)
         items = {name: items[name] for name in EVALUATION_ITEMS if name in items}
         self._save(self._best, items, meta, {})
 
     def close(self):
-        """Waits for what is being written.
+        """Waits for the steps begun, and ends the threads.
 
         Raises:
-          CheckpointError: Writing failed.
+          CheckpointError: Writing one failed.
         """
+        self.wait()
         for manager in (self._latest, self._best):
-            self._wait(manager)
             manager.close()
 
     def _save(self, manager, items, meta, more):
@@ -103,7 +107,7 @@ class CheckpointWriter:
         args = ocp.args.Composite(**args, **more, meta=ocp.args.JsonSave(meta))
         self._wait(manager)
         try:
-            manager.save(meta["step"], args=args)
+            manager.save(meta["step"], args=args, force=True)
         except Exception as error:  # Orbax raises whatever the file system gave
             raise _write_error(manager, error) from error
 
@@ -350,7 +354,7 @@ def restore(path: str | Path, step: int | None = None) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{error}. {way_out(step_dir)}") from error
     return {
         **items,
-        "plan": _plan(meta),
+        "plan": plan_of(meta),
         "step": meta["step"],
         "config": TrainConfig.from_dict(meta["config"]),
         "phase": meta["phase"],
@@ -380,8 +384,9 @@ def load_plan(path: str | Path) -> Plan:
     file = Path(path) / "plan.json"
     if file.is_file():
         return Plan.from_json(file.read_text())
-    return _plan(read_meta(find_step(path)))
+    return plan_of(read_meta(find_step(path)))
 
 
-def _plan(meta: Mapping[str, Any]) -> Plan:
+def plan_of(meta: Mapping[str, Any]) -> Plan:
+    """The plan in the description of a checkpoint."""
     return Plan.from_json(json.dumps(meta["plan"]))

@@ -85,14 +85,19 @@ def run_evaluation(
     """
     hosts = {"num_hosts": jax.process_count(), "host": jax.process_index()}
     totals: dict[str, float] = {}
+
+    def add(sums):
+        for name, value in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+
     pending: Mapping[str, jax.Array] = {}
     for batch in data.test_batches(batch_size // jax.process_count(), **hosts):
         if stop():
             return None
         # The sums of one batch are fetched while the device works on the next.
         done, pending = pending, step(put_batch(batch, mesh))
-        _add(totals, done)
-    _add(totals, pending)
+        add(done)
+    add(pending)
     count = totals.pop("count", 0)
     if not count:
         raise ValueError(f"the test set of {data.name} is empty")

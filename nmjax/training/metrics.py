@@ -54,14 +54,15 @@ class Interval:
 
         Args:
           num_weights: Number of weights under a mask; the flip rate is SAD per step
-            and weight (arXiv:2404.01847, eq. 5).
+            and weight (arXiv:2404.01847, eq. 5). With none, both are left out.
         """
         sums, self.sums = self.sums, {}
         steps = sums.pop("steps")
         sad = sums.pop("sad")
         means = {f"train_{name}": total / steps for name, total in sums.items()}
-        flip_rate = sad / (steps * num_weights) if num_weights else 0.0
-        return {**means, "sad": sad, "flip_rate": flip_rate}
+        if not num_weights:
+            return means
+        return {**means, "sad": sad, "flip_rate": sad / (steps * num_weights)}
 
 
 class MetricsWriter:
@@ -107,9 +108,8 @@ class MetricsWriter:
         )
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Writes one row; names that are no columns are left out."""
-        names = self._csv.fieldnames
-        row = {name: row[name] for name in names if name in row}
+        """Writes one row; what is None, or names no column, is left out."""
+        row = {n: row[n] for n in self._csv.fieldnames if row.get(n) is not None}
         self._csv.writerow(row)
         self._file.flush()
         self.last_step = row["step"]

@@ -7,7 +7,7 @@ from one to the next is the state.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.struct
@@ -50,21 +50,28 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A part of the run.
+    """A part of the run: all that is static in its steps.
+
+    Compared by value: phases of two runs that differ in the seed alone are equal and
+    share a compilation.
 
     Attributes:
       name: "dense", "sparse" or "frozen".
       first_step: The step with which it begins.
-      rules: What is sparse in it.
-      model: The model with these rules applied.
+      model: The model with the rules of the phase applied.
       plan: The plan of model and rules.
+      config: The hyperparameters, those that shape no step set to constants.
+      steps_per_epoch: Steps of one epoch.
+      mesh: One axis, "data".
     """
 
     name: PhaseName
     first_step: int
-    rules: tuple[Rule, ...]
     model: nn.Module
     plan: Plan
+    config: TrainConfig
+    steps_per_epoch: int
+    mesh: Mesh
 
 
 def make_phases(
@@ -74,6 +81,7 @@ def make_phases(
     *,
     steps_per_epoch: int,
     image_shape: Sequence[int],
+    mesh: Mesh,
 ) -> tuple[Phase, ...]:
     """The phases of a run, in order.
 
@@ -86,19 +94,25 @@ def make_phases(
       config: Its `dense_epochs` and `freeze_epochs` place the borders.
       steps_per_epoch: Steps of one epoch.
       image_shape: Height, width, channels.
+      mesh: One axis, "data".
 
     Raises:
       PlanError: The rules do not fit the model.
     """
     example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    no_matter = {"seed": 0, "keep": 1, "log_every": 1, "checkpoint_every": None}
+    static = dataclasses.replace(config, **no_matter)
 
     def phase(name: PhaseName, epoch: int, rules: tuple[Rule, ...]) -> Phase:
+        plan = nmjax.plan(model, rules, example, train=False)
         return Phase(
-            name,
-            epoch * steps_per_epoch,
-            rules,
-            nmjax.sparsify(model, rules) if rules else nmjax.densify(model),
-            nmjax.plan(model, rules, example, train=False),
+            name=name,
+            first_step=epoch * steps_per_epoch,
+            model=nmjax.sparsify(model, rules) if plan.sparse else nmjax.densify(model),
+            plan=plan,
+            config=static,
+            steps_per_epoch=steps_per_epoch,
+            mesh=mesh,
         )
 
     rules = tuple(_decay_in_optimizer(rule) for rule in as_rules(rules))
@@ -157,17 +171,16 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(
-    config: TrainConfig, plan: Plan, steps_per_epoch: int
-) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(phase: Phase) -> optax.GradientTransformationExtraArgs:
     """Decay of SR-STE, clip, weight decay, moments, learning rate, in this order.
 
     AdamW adds its weight decay after the moments (arXiv:1711.05101); the decay of
     SR-STE is a gradient and passes through them in both. The update takes
     `nm=` the masks of the step.
     """
-    schedule = make_schedule(config, steps_per_epoch)
-    parts = [nmjax.add_decay(plan)]
+    config = phase.config
+    schedule = make_schedule(config, phase.steps_per_epoch)
+    parts = [nmjax.add_decay(phase.plan)]
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
     if config.optimizer == "sgd":
@@ -211,19 +224,12 @@ def refuse_other_collections(variables: Mapping[str, Any]) -> None:
         )
 
 
-def new_train_state(
-    config: TrainConfig,
-    phase: Phase,
-    variables: Mapping[str, Any],
-    steps_per_epoch: int,
-) -> TrainState:
-    """The state before the first step; traceable.
+def new_train_state(phase: Phase, variables: Mapping[str, Any]) -> TrainState:
+    """The state before the first step of a run that begins in a phase; traceable.
 
     Args:
-      config: Of the run.
-      phase: The first phase, or the one of a checkpoint under `eval_shape`.
+      phase: The phase.
       variables: `{"params", "batch_stats"}`.
-      steps_per_epoch: Steps of one epoch.
     """
     params = variables["params"]
     nm = nmjax.init_state(params, phase.plan)
@@ -231,16 +237,16 @@ def new_train_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables["batch_stats"],
-        opt_state=make_optimizer(config, phase.plan, steps_per_epoch).init(params),
+        opt_state=make_optimizer(phase).init(params),
         nm=nm,
         masks=nmjax.prepare(params, phase.plan, nm),
     )
 
 
-def enter_phase(state: TrainState, phase: Phase) -> TrainState:
-    """The state with which a phase begins; traceable.
+def enter_phase(phase: Phase, state: TrainState) -> TrainState:
+    """The state with which a phase begins, after another; traceable.
 
-    The frozen phase keeps the masks in force; others choose theirs anew.
+    The frozen phase keeps the masks in force; the sparse phase chooses its own.
     """
     if phase.name == "frozen" and state.masks:
         nm = state.masks
@@ -248,3 +254,22 @@ def enter_phase(state: TrainState, phase: Phase) -> TrainState:
         nm = nmjax.init_state(state.params, phase.plan)
     masks = nmjax.prepare(state.params, phase.plan, nm)
     return state.replace(nm=nm, masks=masks)
+
+
+@functools.lru_cache(maxsize=16)
+def jit_new_train_state(phase: Phase) -> Callable[..., TrainState]:
+    """`variables -> state`, replicated over the devices."""
+    return jax.jit(
+        functools.partial(new_train_state, phase),
+        out_shardings=NamedSharding(phase.mesh, PartitionSpec()),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def jit_enter_phase(phase: Phase) -> Callable[..., TrainState]:
+    """`state -> state`; the old one is donated."""
+    return jax.jit(
+        functools.partial(enter_phase, phase),
+        donate_argnums=0,
+        out_shardings=NamedSharding(phase.mesh, PartitionSpec()),
+    )

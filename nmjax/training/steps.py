@@ -5,7 +5,6 @@ the means over devices, those of batch norm included: its statistics are of the 
 micro-batch.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,40 +18,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import nmjax
 from nmjax import metrics as nm_metrics
-from nmjax.planning import Plan
-from nmjax.training.config import TrainConfig
 from nmjax.training.metrics import TOP5_FROM_CLASSES
-from nmjax.training.state import Phase, TrainState, make_optimizer, make_schedule
+from nmjax.training.state import Phase, TrainState, make_optimizer
 
 Batch = Mapping[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepSpec:
-    """All that is static in a step, compared by value: equal specs share a compile.
-
-    Attributes:
-      model: The model with the rules of the phase applied.
-      plan: The plan of the phase.
-      config: The hyperparameters that shape the computation; see `of`.
-      steps_per_epoch: Of the learning-rate schedule.
-      mesh: One axis, "data".
-    """
-
-    model: nn.Module
-    plan: Plan
-    config: TrainConfig
-    steps_per_epoch: int
-    mesh: Mesh
-
-    @classmethod
-    def of(
-        cls, phase: Phase, config: TrainConfig, steps_per_epoch: int, mesh: Mesh
-    ) -> "StepSpec":
-        """The spec of a phase; runs that differ in the seed have equal ones."""
-        no_matter = {"seed": 0, "keep": 1, "log_every": 1, "checkpoint_every": None}
-        config = dataclasses.replace(config, **no_matter)
-        return cls(phase.model, phase.plan, config, steps_per_epoch, mesh)
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -78,25 +47,23 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 @functools.lru_cache(maxsize=16)
-def jit_train_step(spec: StepSpec) -> Callable[..., tuple[TrainState, dict]]:
+def jit_train_step(phase: Phase) -> Callable[..., tuple[TrainState, dict]]:
     """`(state, batch, key) -> (state, metrics)`, compiled; the state is donated."""
     return jax.jit(
-        functools.partial(train_step, spec),
+        functools.partial(train_step, phase),
         donate_argnums=0,
-        out_shardings=replicated(spec.mesh),
+        out_shardings=replicated(phase.mesh),
     )
 
 
 @functools.lru_cache(maxsize=16)
 def jit_eval_step(model: nn.Module, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
     """`(params, batch_stats, masks, batch) -> sums`, compiled."""
-    return jax.jit(
-        functools.partial(eval_step, model), out_shardings=replicated(mesh)
-    )
+    return jax.jit(functools.partial(eval_step, model), out_shardings=replicated(mesh))
 
 
 def train_step(
-    spec: StepSpec, state: TrainState, batch: Batch, key: jax.Array
+    phase: Phase, state: TrainState, batch: Batch, key: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step.
 
@@ -104,46 +71,48 @@ def train_step(
     and those of the new parameters are chosen once, at the end.
 
     Args:
-      spec: What is static.
+      phase: What is static.
       state: Before the step.
       batch: "image" `(B, H, W, C)` and "label" `(B,)` int32.
       key: Of the run; dropout of step s draws from `fold_in(key, s)`.
 
     Returns:
       The state after the step, and float32 scalars: "loss", "top1" and "top5" (shares
-      of the batch, before the update), "lr", "sad" (mask bits that the step changed).
+      of the batch, before the update), "sad" (mask bits that the step changed).
     """
-    count = spec.config.micro_batches
+    count = phase.config.micro_batches
     key = jax.random.fold_in(key, state.step)
     if count == 1:
-        batch_stats, (grads, sums) = _gradient(spec, state, state.batch_stats, batch, key)
+        batch_stats, (grads, sums) = _gradient(
+            phase, state, state.batch_stats, batch, key
+        )
     else:
 
         def accumulate(carry, inputs):
             batch_stats, totals = carry
             part, key = inputs
-            batch_stats, parts = _gradient(spec, state, batch_stats, part, key)
+            batch_stats, parts = _gradient(phase, state, batch_stats, part, key)
             return (batch_stats, jax.tree.map(jnp.add, totals, parts)), None
 
-        parts = _micro_batches(batch, count, spec.mesh)
+        parts = _micro_batches(batch, count, phase.mesh)
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(
-            functools.partial(_gradient, spec, state), state.batch_stats, first, key
+            functools.partial(_gradient, phase, state), state.batch_stats, first, key
         )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
         (batch_stats, (grads, sums)), _ = jax.lax.scan(
-            accumulate, (state.batch_stats, zeros), (parts, jax.random.split(key, count))
+            accumulate,
+            (state.batch_stats, zeros),
+            (parts, jax.random.split(key, count)),
         )
-    grads = jax.tree.map(lambda g: g / (count * spec.config.loss_scale), grads)
+    grads = jax.tree.map(lambda g: g / (count * phase.config.loss_scale), grads)
 
-    tx = make_optimizer(spec.config, spec.plan, spec.steps_per_epoch)
-    updates, opt_state = tx.update(
-        grads, state.opt_state, state.params, nm=state.masks
-    )
+    tx = make_optimizer(phase)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, nm=state.masks)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    nm = nmjax.refresh(state.nm, params, spec.plan, step)
-    masks = nmjax.prepare(params, spec.plan, nm)
+    nm = nmjax.refresh(state.nm, params, phase.plan, step)
+    masks = nmjax.prepare(params, phase.plan, nm)
     new = state.replace(
         step=step,
         params=params,
@@ -155,17 +124,16 @@ def train_step(
     size = batch["label"].shape[0]
     return new, {
         **{name: total / size for name, total in sums.items()},
-        "lr": jnp.float32(make_schedule(spec.config, spec.steps_per_epoch)(state.step)),
         "sad": nm_metrics.sad(state.masks, masks)["total"],
     }
 
 
-def _gradient(spec, state, batch_stats, batch, key):
+def _gradient(phase, state, batch_stats, batch, key):
     """New batch statistics, and (gradient of the scaled mean loss, metric sums)."""
 
     def loss_of(params):
         variables = {"params": params, "batch_stats": batch_stats, "nm": state.masks}
-        logits, new = spec.model.apply(
+        logits, new = phase.model.apply(
             variables,
             batch["image"],
             train=True,
@@ -174,11 +142,11 @@ def _gradient(spec, state, batch_stats, batch, key):
         )
         logits = logits.astype(jnp.float32)
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
-        targets = optax.smooth_labels(targets, spec.config.label_smoothing)
+        targets = optax.smooth_labels(targets, phase.config.label_smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)
         sums = {"loss": jnp.sum(losses), **_correct(logits, batch["label"], 1.0)}
         new_stats = new.get("batch_stats", batch_stats)
-        return jnp.mean(losses) * spec.config.loss_scale, (new_stats, sums)
+        return jnp.mean(losses) * phase.config.loss_scale, (new_stats, sums)
 
     grads, (batch_stats, sums) = jax.grad(loss_of, has_aux=True)(state.params)
     return batch_stats, (grads, sums)
