@@ -1,0 +1,1 @@
+"""Programs that train and measure: each runs as ``python -m experiments.NAME``."""
