@@ -14,13 +14,21 @@ A recipe is frozen, compared by value and hashable, so it may be static under `j
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nmjax.pattern import NMPattern
 
 Operand = Literal["weight"]
 Gradient = Literal["straight-through", "masked"]
 DecayIn = Literal["op", "optimizer"]
+
+_WORDS: dict[str, tuple[str | None, ...]] = {
+    "fprop": (None, *get_args(Operand)),
+    "dgrad": (None, *get_args(Operand)),
+    "wgrad": (None, *get_args(Operand)),
+    "gradient": get_args(Gradient),
+    "decay_in": get_args(DecayIn),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +77,15 @@ class Recipe:
             )
         if not (math.isfinite(decay) and decay >= 0):
             raise ValueError(f"decay must be finite and at least 0, got {decay}")
-        if self.decay_in not in ("op", "optimizer"):
+        for field, words in _WORDS.items():
+            if getattr(self, field) not in words:
+                raise ValueError(
+                    f"{field} must be one of {words}, got {getattr(self, field)!r}"
+                )
+        if self.sparse != any((self.fprop, self.dgrad, self.wgrad)):
             raise ValueError(
-                f'decay_in must be "op" or "optimizer", got {self.decay_in!r}'
+                f"pattern={self.pattern} and the operands fprop={self.fprop}, "
+                f"dgrad={self.dgrad}, wgrad={self.wgrad} contradict each other"
             )
         if decay and self.gradient == "masked":
             raise ValueError(f'decay={decay} has no effect with gradient="masked"')
