@@ -51,15 +51,13 @@ def hooked(
         return
     match layer:
         case nn.Dense() | nn.DenseGeneral():
-            promote, hooks = PromoteKernel, {"dot_general": DotGeneral()}
+            op = {"dot_general": DotGeneral()}
         case nn.Conv():
-            promote, hooks = (
-                PromoteKernel,
-                {"conv_general_dilated": ConvGeneralDilated()},
-            )
+            op = {"conv_general_dilated": ConvGeneralDilated()}
         case _:
-            promote, hooks = MaskKernel, {}
-    hooks = {**hooks, "promote_dtype": promote(own, wrap=wrap)}
+            op = {}
+    promote = PromoteKernel if op else MaskKernel
+    hooks = {"promote_dtype": promote(own, wrap=wrap), **op}
     saved = {name: getattr(layer, name) for name in hooks}
     try:
         for name, hook in hooks.items():

@@ -168,32 +168,20 @@ class KernelBox(meta.AxisMetadata):
         return KernelBox(val, self.mask, self.sparsity)
 
     def remove_axis(self, index: int, params: Any) -> "KernelBox":
-        """Inside a scan or vmap that took axis `index` off the stored kernel."""
+        """For the inside of a scan or vmap that takes axis `index` off `value`."""
         del params
-        return self._with_axis(axis_after_removal(index, self, self.sparsity.axis))
+        ndim, axis = self.value.ndim, self.sparsity.axis
+        return self._with_axis(axis + (index % ndim > ndim + axis))
 
     def add_axis(self, index: int, params: Any) -> "KernelBox":
-        """Outside a scan or vmap that put an axis at `index`."""
+        """For the outside of a scan or vmap that put axis `index` into `value`."""
         del params
-        ndim = self.value.ndim  # the axis is already there
-        position = ndim + self.sparsity.axis
-        return self._with_axis(self.sparsity.axis - (position < index % ndim))
+        ndim, axis = self.value.ndim, self.sparsity.axis
+        return self._with_axis(axis - (index % ndim >= ndim + axis))
 
     def _with_axis(self, axis: int) -> "KernelBox":
         sparsity = dataclasses.replace(self.sparsity, axis=axis)
         return KernelBox(self.value, self.mask, sparsity)
-
-
-def axis_after_removal(index: int, box: Any, axis: int) -> int:
-    """Where `axis`, counted from the end, lies once axis `index` is gone.
-
-    Args:
-      index: The axis that went, of the array before.
-      box: Holds the array after as `box.value`.
-      axis: Counted from the end, before.
-    """
-    ndim = box.value.ndim + 1
-    return axis + 1 if index % ndim > ndim + axis else axis
 
 
 @dataclasses.dataclass(frozen=True)
