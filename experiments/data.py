@@ -21,8 +21,9 @@ so that the hosts' shares are disjoint and together the whole, and a run may be 
 on another number of hosts. What does not fill a global batch is dropped, each epoch
 another remainder. The random bits of an augmentation belong to (seed, epoch, record).
 
-The order is one argsort per epoch. Grain's own `shuffle` costs a Python call per record
-and stage, here some 25 µs, more than a small network needs to train on an image.
+The order is one argsort per epoch and a batch one indexing. Grain's own chain of
+`shuffle`, slice and `batch` calls Python several times per record, some forty times as
+much work: about what a small network needs to train on the image.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import functools
 import operator
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,8 +141,8 @@ def load(
         train, test = _open_records(name, known, data_path)
     if known.num_classes not in (None, train.num_classes):
         raise DataError(
-            f"{name} has {known.num_classes} classes, but the set at {data_path} "
-            f"declares {train.num_classes}"
+            f"{name} has {known.num_classes} classes, but this set declares "
+            f"{train.num_classes}"
         )
     if known.channels == 1:
         shape = (size, size, known.channels)
@@ -150,34 +152,40 @@ def load(
     return Data(name, train.num_classes, splits[0], splits[1], chosen)
 
 
-def _open_records(name, known, data_path) -> tuple[Records, Records]:
+def _open_records(
+    name: str, known: _Known, data_path: str | os.PathLike | None
+) -> tuple[Records, Records]:
     """Finds the newest version of a TFDS set and opens its two splits."""
     if data_path is None:
         root = BUNDLED if name == "digits" else default_data_path()
     else:
         root = Path(data_path).expanduser()
+    if (root / "dataset_info.json").is_file():
+        folder, root = root, root.parent.parent
+    else:
+        versions = [
+            info.parent
+            for info in root.glob(f"{name}/*/dataset_info.json")
+            if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
+        ]
+        folder = max(
+            versions,
+            key=lambda path: [int(x) for x in path.name.split(".")],
+            default=None,
+        )
     command = f"python -m experiments.prepare {name}"
     command += f" --source {known.source}" if known.source else ""
-    command += f" --data-path {root}" if root != BUNDLED else ""
-    folders = [root] if (root / "dataset_info.json").is_file() else []
-    if not folders and (root / name).is_dir():
-        versions = [
-            folder
-            for folder in (root / name).iterdir()
-            if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)
-            and (folder / "dataset_info.json").is_file()
-        ]
-        folders = sorted(versions, key=lambda f: [int(x) for x in f.name.split(".")])
-    if not folders:
+    command += f" --data-path {shlex.quote(str(root))}" if root != BUNDLED else ""
+    if folder is None:
         raise DataError(f"{name} is not in {root}; make it with: {command}")
     remedy = f"make the set again with: {command} --overwrite"
     return (
-        Records(folders[-1], "train", remedy),
-        Records(folders[-1], known.test, remedy),
+        Records(folder, name, "train", remedy),
+        Records(folder, name, known.test, remedy),
     )
 
 
-def _open_folder(data_path) -> tuple[Folder, Folder]:
+def _open_folder(data_path: str | os.PathLike | None) -> tuple[Folder, Folder]:
     """Opens train/ and val/ (or test/) of an image folder, with the same classes."""
     layout = "DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg"
     if data_path is None:

@@ -14,7 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -289,44 +289,42 @@ def imagenet2012(source: Path) -> Original:
 
 def _imagenet_train(path: Path, classes: set[str]) -> Iterator[dict[str, Any]]:
     """Examples of the training archive: one archive per class inside it."""
-    for name, archive in _members(path, str(path)):
-        label = name.removesuffix(".tar")
-        if label not in classes:
-            raise DataError(f"{path}: {name} is not the archive of an ImageNet class")
-        for file_name, image in _members(archive, f"{path}: {name}"):
-            yield {
-                "image": rgb_jpeg(image.read(), f"{path}: {name}: {file_name}"),
-                "label": label,
-                "file_name": file_name,
-            }
+    with path.open("rb") as file:
+        for name, archive in _members(file, str(path)):
+            label = name.removesuffix(".tar")
+            if label not in classes:
+                raise DataError(f"{path}: {name} is not an ImageNet class's archive")
+            for file_name, image in _members(io.BytesIO(archive), f"{path}: {name}"):
+                yield {
+                    "image": rgb_jpeg(image, f"{path}: {name}: {file_name}"),
+                    "label": label,
+                    "file_name": file_name,
+                }
 
 
 def _imagenet_validation(path: Path, labels: list[str]) -> Iterator[dict[str, Any]]:
     """Examples of the validation archive; line i of the labels is image number i."""
-    for file_name, image in _members(path, str(path)):
-        number = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", Path(file_name).name)
-        if number is None or not 1 <= int(number[1]) <= len(labels):
-            raise DataError(f"{path}: {file_name} is not a validation image's name")
-        yield {
-            "image": rgb_jpeg(image.read(), f"{path}: {file_name}"),
-            "label": labels[int(number[1]) - 1],
-            "file_name": file_name,
-        }
+    with path.open("rb") as file:
+        for file_name, image in _members(file, str(path)):
+            number = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", file_name)
+            if number is None or not 1 <= int(number[1]) <= len(labels):
+                raise DataError(f"{path}: {file_name} is not a validation image's name")
+            yield {
+                "image": rgb_jpeg(image, f"{path}: {file_name}"),
+                "label": labels[int(number[1]) - 1],
+                "file_name": file_name,
+            }
 
 
-def _members(archive, where: str) -> Iterator[tuple[str, Any]]:
-    """Name and open file of each file in a tar, given by path or as an open file."""
+def _members(archive: BinaryIO, where: str) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of each file in a tar."""
     try:
-        opened = (
-            tarfile.open(archive, "r:")
-            if isinstance(archive, Path)
-            else tarfile.open(fileobj=archive, mode="r:")
-        )
-        with opened as tar:
+        with tarfile.open(fileobj=archive, mode="r:") as tar:
             for member in tar:
-                if member.isfile():
-                    yield member.name, tar.extractfile(member)
-    except tarfile.TarError as error:
+                file = tar.extractfile(member)
+                if file is not None:  # a directory has no contents
+                    yield member.name, file.read()
+    except (tarfile.TarError, OSError) as error:
         raise DataError(f"{where} is damaged ({error}); fetch it again") from error
 
 

@@ -17,7 +17,7 @@ import tyro
 
 from experiments import originals
 from experiments.sources import BUNDLED, DataError, default_data_path
-from experiments.write import summary, write_set
+from experiments.write import write_set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +102,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     try:
         original = command.original()
-        folder = write_set(
+        folder, counts = write_set(
             original, command.data_path.expanduser(), overwrite=command.overwrite
         )
     except DataError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; nothing was left behind")
-    print(f"{original.name}: {summary(folder, original.splits)}")
+    images = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    print(f"{original.name}: {images} images")
     following = "python -m experiments.imagenet"
     if command.data_path != BUNDLED:
         following += f" --dataset {original.name}"

@@ -63,6 +63,7 @@ class Records:
 
     Args:
       folder: The folder that holds `dataset_info.json`.
+      name: Name of the set; another set in the folder is an error.
       split: Name of the split.
       remedy: What to do when the set is damaged; ends every error message.
 
@@ -70,18 +71,20 @@ class Records:
       DataError: The folder, the split or a file of it is missing or damaged.
     """
 
-    def __init__(self, folder: Path, split: str, remedy: str):
+    def __init__(self, folder: Path, name: str, split: str, remedy: str):
         import tensorflow_datasets as tfds
 
         self._remedy = remedy
         try:
-            builder = tfds.builder_from_directory(folder)
-            info: Any = builder.info  # TFDS's cached property hides its type
+            builder: Any = tfds.builder_from_directory(folder)
+            info = builder.info
         except Exception as error:  # TFDS lets protobuf's and json's own errors through
             raise DataError(
                 f"{folder}: dataset_info.json or features.json cannot be read "
                 f"({error}); {remedy}"
             ) from error
+        if info.name != name:
+            raise DataError(f"{folder} holds the set {info.name!r}, not {name!r}")
         if split not in info.splits:
             raise DataError(
                 f"{folder} has no split {split!r}, only {sorted(info.splits)}; {remedy}"
@@ -95,13 +98,11 @@ class Records:
             self._check_count(path, length)
         self._ends = list(itertools.accumulate(lengths))
         self._records = builder.as_data_source(
-            split,
-            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,  # pyright: ignore
+            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
-        image, label = info.features["image"], info.features["label"]
-        encoded = isinstance(image, tfds.features.Image)
-        self.raw_shape = None if encoded else tuple(image.shape)
-        self.num_classes = label.num_classes
+        encoded = isinstance(info.features["image"], tfds.features.Image)
+        self.raw_shape = None if encoded else tuple(info.features["image"].shape)
+        self.num_classes = info.features["label"].num_classes
 
     def _check_count(self, path: Path, promised: int) -> None:
         from array_record.python.array_record_module import ArrayRecordReader

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.originals import Examples, Original
@@ -28,7 +28,7 @@ def write_set(
     *,
     overwrite: bool = False,
     progress: bool = True,
-) -> Path:
+) -> tuple[Path, dict[str, int]]:
     """Writes every split of a data set.
 
     Args:
@@ -38,7 +38,7 @@ def write_set(
       progress: Show a bar per split, with rate and time left, on standard error.
 
     Returns:
-      DIR/NAME/VERSION.
+      DIR/NAME/VERSION, and the number of images in every split.
 
     Raises:
       DataError: The place is below a regular file, taken, not writable or too small
@@ -50,8 +50,10 @@ def write_set(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_files(original, partial, progress)
-        for split in original.splits:
-            Records(partial, split, "this is a defect of nmjax; please report it")
+        counts = {
+            split: len(Records(partial, original.name, split, "report this defect"))
+            for split in original.splits
+        }
         _replace(partial, final)
     except OSError as error:
         raise DataError(
@@ -59,7 +61,7 @@ def write_set(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return final
+    return final, counts
 
 
 def check_place(original: Original, data_path: Path, overwrite: bool) -> Path:
@@ -190,12 +192,3 @@ def _replace(new: Path, final: Path) -> None:
     final.rename(old)
     new.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def summary(folder: Path, splits: Iterable[str]) -> str:
-    """One line: images per split and megabytes of a written set."""
-    counts = ", ".join(
-        f"{len(Records(folder, split, '')):,} {split}" for split in splits
-    )
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    return f"{counts} images, {size / 1e6:,.1f} MB"
