@@ -96,12 +96,12 @@ class MetricsWriter:
         self.last_step = int(rows[-1]["step"]) if rows else 0
         new = self.file.with_suffix(".csv.new")
         with new.open("w", newline="") as file:
-            csv_writer = csv.DictWriter(file, names)
+            csv_writer = csv.DictWriter(file, names, lineterminator="\n")
             csv_writer.writeheader()
             csv_writer.writerows(rows)
         os.replace(new, self.file)
         self._file = self.file.open("a", newline="")
-        self._csv = csv.DictWriter(self._file, names)
+        self._csv = csv.DictWriter(self._file, names, lineterminator="\n")
         # TensorBoard hides what an earlier process wrote from the purged step on.
         self._events = SummaryWriter(
             str(run_dir), purge_step=step + 1 if step else None
@@ -128,15 +128,14 @@ class MetricsWriter:
 def _read_rows(file: Path, names: Sequence[str]) -> list[dict[str, str]]:
     if not file.is_file():
         return []
-    with file.open(newline="") as lines:
-        reader = csv.DictReader(lines)
-        if reader.fieldnames and tuple(reader.fieldnames) != tuple(names):
-            raise ValueError(
-                f"{file} has columns {', '.join(reader.fieldnames)}; this run writes "
-                f"{', '.join(names)}. Use another run folder"
-            )
-        complete = (row for row in reader if None not in row.values())
-        return [row for row in complete if row["step"].isdigit()]
+    lines = file.read_text().splitlines(keepends=True)
+    reader = csv.DictReader(line for line in lines if line.endswith("\n"))
+    if reader.fieldnames and tuple(reader.fieldnames) != tuple(names):
+        raise ValueError(
+            f"{file} has columns {', '.join(reader.fieldnames)}; this run writes "
+            f"{', '.join(names)}. Use another run folder"
+        )
+    return list(reader)
 
 
 class Progress:

@@ -89,11 +89,12 @@ def _prepare(
     model, rules, data, config, run_dir, resume, progress, given, devices
 ) -> Loop:
     mesh = data_mesh(devices)
+    steps_per_epoch = _steps_per_epoch(config, data, mesh)
     phases = make_phases(
         model,
         rules,
         config,
-        steps_per_epoch=_steps_per_epoch(config, data, mesh),
+        steps_per_epoch=steps_per_epoch,
         image_shape=data.image_shape,
         mesh=mesh,
     )
@@ -112,6 +113,11 @@ def _prepare(
     run_folder.refuse_other_config(run_dir, config)
     plans = {phase.name: phase.plan for phase in phases}
     position = find_position(run_dir, resume, abstract, plans)
+    if position is not None and position.state.step > config.epochs * steps_per_epoch:
+        raise ValueError(
+            f"{config.epochs} epochs of {steps_per_epoch} steps is shorter than what "
+            f"is done in {run_dir}, {position.state.step} steps"
+        )
     run_folder.write_descriptions(run_dir, config, plans.get("sparse", phases[-1].plan))
     if position is None:
         state = jit_new_train_state(phases[0])(variables)

@@ -1,0 +1,431 @@
+import csv
+import json
+import logging
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+import nmjax
+from nmjax.training import (
+    CheckpointError,
+    DamagedCheckpointError,
+    TrainingDiverged,
+    TrainingInterrupted,
+    evaluate,
+    load_plan,
+    reestimate_batch_stats,
+    restore,
+    train,
+)
+from nmjax.training.checkpoint import list_steps
+from tests.nmjax.training.fakes import RULES, FakeData, Net, config
+
+TIMING = "images_per_second"
+PHASES = {"dense_epochs": 1, "freeze_epochs": 1}
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(step):
+    def at_step(number):
+        if number == step:
+            raise Crash
+
+    return at_step
+
+
+def signal_at(step, signum=signal.SIGTERM):
+    def at_step(number):
+        if number == step:
+            signal.raise_signal(signum)
+
+    return at_step
+
+
+def run(run_dir, *, settings=None, data=None, model=None, rules=RULES, **options):
+    options = {"progress": False, **options}
+    data, model = data or FakeData(), model or Net()
+    return train(model, rules, data, settings or config(), run_dir, **options)
+
+
+def rows_of(run_dir):
+    """Every row, without the one column that depends on the machine."""
+    with (run_dir / "metrics.csv").open(newline="") as lines:
+        return [
+            {k: v for k, v in r.items() if k != TIMING} for r in csv.DictReader(lines)
+        ]
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of three phases, and the order in which it saw the images."""
+    run_dir, data = tmp_path_factory.mktemp("run"), FakeData()
+    result = run(run_dir, settings=config(**PHASES, keep=9), data=data)
+    return run_dir, result, data.served
+
+
+@pytest.fixture
+def run_dir(uninterrupted, tmp_path):
+    return shutil.copytree(uninterrupted[0], tmp_path / "run")
+
+
+def test_a_run_leaves_what_it_says(uninterrupted):
+    run_dir, result, _ = uninterrupted
+    assert int(result.state.step) == 16
+    assert result.test_top1 > 0.5
+    assert result.test_top5 >= result.test_top1
+    assert result.metrics_file == run_dir / "metrics.csv"
+    assert result.checkpoint == run_dir / "checkpoints/16"
+    assert list_steps(run_dir / "checkpoints") == [4, 8, 12, 16]
+    assert len(list_steps(result.best)) == 1
+    for name in ("config.json", "versions.json", "plan.json"):
+        assert json.loads((run_dir / name).read_text())
+    assert list(run_dir.glob("events.*"))
+    assert load_plan(run_dir)["fc/kernel"].recipe.name == "sr_ste"
+    versions = json.loads((run_dir / "versions.json").read_text())
+    assert versions["jax"] == jax.__version__
+    assert versions["device_count"] == jax.device_count()
+
+
+def test_rows_come_at_the_interval_and_at_the_end_of_an_epoch(uninterrupted):
+    rows = rows_of(uninterrupted[0])
+    assert [int(r["step"]) for r in rows] == [3, 4, 6, 8, 9, 12, 15, 16]
+    assert [int(r["step"]) for r in rows if r["test_top1"]] == [4, 8, 12, 16]
+    phases = ["dense"] * 2 + ["sparse"] * 4 + ["frozen"] * 2
+    assert [r["phase"] for r in rows] == phases
+    assert [r["flip_rate"] for r in rows[:2]] == ["", ""]
+    assert [float(r["flip_rate"]) for r in rows[-2:]] == [0, 0]
+    assert float(rows[2]["flip_rate"]) > 0
+    losses = [float(r["train_loss"]) for r in rows]
+    assert losses[-1] < losses[0]
+
+
+def test_each_phase_is_restored_with_its_masks(uninterrupted):
+    run_dir = uninterrupted[0]
+    for step, phase, recipes in (
+        (4, "dense", {}),
+        (8, "sparse", {"conv/kernel": "sr_ste", "fc/kernel": "sr_ste"}),
+        (16, "frozen", {"conv/kernel": "frozen", "fc/kernel": "frozen"}),
+    ):
+        found = restore(run_dir, step)
+        assert found["phase"] == phase
+        assert {e.path: e.recipe.name for e in found["plan"].sparse} == recipes
+        masks = nmjax.prepare(found["params"], found["plan"], found["nm"])
+        assert_same(masks, found["masks"])
+        if recipes:
+            nmjax.check(found["params"], found["plan"], found["masks"])
+
+
+def test_evaluate_agrees_with_the_run(uninterrupted):
+    run_dir = uninterrupted[0]
+    for path in (run_dir, run_dir / "best", run_dir / "checkpoints/4"):
+        found = restore(path)
+        for rules in (found["plan"], RULES if found["phase"] == "sparse" else None):
+            if rules is not None:
+                test = evaluate(Net(), rules, found, FakeData(), 16)
+                assert test == found["test"]
+    assert test["count"] == 20
+
+
+def test_same_seed_same_run_and_another_seed_another(uninterrupted, tmp_path):
+    again = run(tmp_path / "again", settings=config(**PHASES, keep=9))
+    assert_same(again.state, uninterrupted[1].state)
+    assert rows_of(tmp_path / "again") == rows_of(uninterrupted[0])
+    other = run(tmp_path / "other", settings=config(**PHASES, keep=9, seed=1))
+    kernel = other.state.params["fc"]["kernel"]
+    assert (kernel != again.state.params["fc"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 11, 13])
+def test_a_crash_and_a_resume_equal_the_uninterrupted_run(
+    uninterrupted, tmp_path, step
+):
+    """In each phase, at and between checkpoints, rows and borders of epochs."""
+    settings = config(**PHASES, keep=9, checkpoint_every=2)
+    with pytest.raises(Crash):
+        run(tmp_path, settings=settings, data=FakeData(at_step=crash_at(step)))
+    data = FakeData()
+    result = run(tmp_path, settings=settings, data=data)
+    assert_same(result.state, uninterrupted[1].state)
+    assert rows_of(tmp_path) == rows_of(uninterrupted[0])
+    restored_step = step // 2 * 2
+    assert data.served == uninterrupted[2][restored_step:]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_signal_writes_a_checkpoint_and_ends(
+    uninterrupted, tmp_path, capsys, step, signum
+):
+    """During step 5, the first of an epoch, and during step 7; no save was due."""
+    before = signal.getsignal(signum)
+    settings = config(**PHASES, keep=9)
+    with pytest.raises(TrainingInterrupted) as end:
+        run(tmp_path, settings=settings, data=FakeData(at_step=signal_at(step, signum)))
+    assert end.value.code == 128 + signum
+    assert end.value.checkpoint == tmp_path / f"checkpoints/{step + 1}"
+    said = capsys.readouterr().err
+    assert f"{signum.name}: stopped after step {step + 1}" in said
+    assert str(end.value.checkpoint) in said
+    assert signal.getsignal(signum) == before
+
+    result = run(tmp_path, settings=settings)
+    assert_same(result.state, uninterrupted[1].state)
+    assert rows_of(tmp_path) == rows_of(uninterrupted[0])
+
+
+def test_a_signal_during_the_evaluation_does_not_wait_for_it(uninterrupted, tmp_path):
+    class Data(FakeData):
+        def test_batches(self, batch_size, **hosts):
+            for batch in super().test_batches(batch_size, **hosts):
+                yield batch
+                signal.raise_signal(signal.SIGTERM)
+
+    settings = config(**PHASES, keep=9)
+    with pytest.raises(TrainingInterrupted) as end:
+        run(tmp_path, settings=settings, data=Data())
+    assert end.value.checkpoint == tmp_path / "checkpoints/4"
+    assert restore(tmp_path)["test"] is None
+    result = run(tmp_path, settings=settings)
+    assert_same(result.state, uninterrupted[1].state)
+    assert rows_of(tmp_path) == rows_of(uninterrupted[0])
+
+
+def test_a_finished_run_is_evaluated_again_and_not_changed(uninterrupted, run_dir):
+    result = run(run_dir, settings=config(**PHASES, keep=9))
+    assert result.test_top1 == uninterrupted[1].test_top1
+    assert result.step_seconds is None
+    assert rows_of(run_dir) == rows_of(uninterrupted[0])
+
+
+def test_a_finished_run_can_be_prolonged(run_dir):
+    result = run(run_dir, settings=config(**PHASES, keep=9, epochs=5))
+    assert int(result.state.step) == 20
+    with pytest.raises(ValueError, match="is shorter than what is done"):
+        run(run_dir, settings=config(**PHASES, keep=9, epochs=4))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_resume_on_another_number_of_devices(uninterrupted, run_dir, devices):
+    for step in (12, 16):
+        shutil.rmtree(run_dir / f"checkpoints/{step}")
+    result = run(
+        run_dir,
+        settings=config(**PHASES, keep=9),
+        devices=jax.devices()[:devices],
+    )
+    assert int(result.state.step) == 16
+    expected = uninterrupted[1].state.params
+    for x, y in zip(
+        jax.tree.leaves(result.state.params), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+
+
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted, run_dir, caplog):
+    damaged = run_dir / "checkpoints/16/params/manifest.ocdbt"
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    with caplog.at_level(logging.WARNING, logger="nmjax"):
+        result = run(run_dir, settings=config(**PHASES, keep=9))
+    assert "checkpoints/16/params is damaged" in caplog.text
+    assert "trying the one before" in caplog.text
+    assert (run_dir / "set_aside/checkpoints-16").is_dir()
+    assert_same(result.state, uninterrupted[1].state)
+    assert rows_of(run_dir) == rows_of(uninterrupted[0])
+    assert restore(run_dir)["step"] == 16
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(run_dir):
+    (run_dir / "checkpoints/12/meta/metadata").unlink()
+    with pytest.raises(DamagedCheckpointError, match="Step 8 is intact"):
+        run(run_dir, settings=config(**PHASES, keep=9), resume=12)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 .*\[4, 8, 12"):
+        run(run_dir, settings=config(**PHASES, keep=9), resume=5)
+    assert not (run_dir / "set_aside").exists()
+
+
+def test_resume_from_a_step_sets_later_ones_aside(uninterrupted, run_dir):
+    result = run(run_dir, settings=config(**PHASES, keep=9), resume=8)
+    assert_same(result.state, uninterrupted[1].state)
+    assert list_steps(run_dir / "checkpoints") == [4, 8, 12, 16]
+    assert sorted(path.name for path in (run_dir / "set_aside").iterdir()) == [
+        "checkpoints-12",
+        "checkpoints-16",
+    ]
+
+
+def test_without_an_intact_checkpoint_nothing_begins_anew(run_dir):
+    for step in (4, 8, 12, 16):
+        (run_dir / f"checkpoints/{step}/meta/metadata").write_text("{}")
+    with pytest.raises(CheckpointError, match="none of the checkpoints .* is intact"):
+        run(run_dir, settings=config(**PHASES, keep=9))
+    assert list_steps(run_dir / "checkpoints") == [4, 8, 12, 16]
+
+
+def test_resume_false_refuses_a_used_folder(run_dir):
+    with pytest.raises(CheckpointError, match="holds checkpoints up to step 16"):
+        run(run_dir, settings=config(**PHASES, keep=9), resume=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": config(**PHASES, keep=9, lr=0.1)}, "lr: 0.05 before, 0.1 now"),
+        ({"model": Net(width=16)}, r"conv/kernel: Conv \(3, 3, 8, 8\) sr_ste 2:4"),
+        (
+            {"rules": [RULES[0], nmjax.Rule(".*", nmjax.recipes.sr_ste("1:4"))]},
+            "conv/kernel: .* frozen 2:4 decay 0.01 before, .* frozen 1:4",
+        ),
+        ({"rules": []}, "is of a phase 'frozen', this run has dense"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(uninterrupted, changes, message):
+    run_dir = uninterrupted[0]
+    before = sorted(path.stat().st_mtime_ns for path in run_dir.rglob("*"))
+    options = {"settings": config(**PHASES, keep=9), **changes}
+    with pytest.raises(CheckpointError) as error:
+        run(run_dir, **options)
+    assert not isinstance(error.value, DamagedCheckpointError)
+    error.match(message.replace("sr_ste 2:4", "frozen 2:4"))
+    after = sorted(p.stat().st_mtime_ns for p in run_dir.rglob("*") if p != run_dir)
+    assert set(after) <= set(before), "a refused run changes nothing"
+
+
+def test_a_model_that_differs_in_dense_layers_alone_is_refused(uninterrupted):
+    with pytest.raises(CheckpointError, match="BatchNorm_0/scale"):
+        run(
+            uninterrupted[0],
+            settings=config(**PHASES, keep=9),
+            model=Net(batch_norm=False),
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    data = FakeData()
+
+    def poison(step):
+        if step == 6:
+            data.images = np.full_like(data.images, np.nan)
+
+    data.at_step = poison
+    settings = config(**PHASES, keep=9)
+    with pytest.raises(TrainingDiverged) as error:
+        run(tmp_path, settings=settings, data=data)
+    assert error.value.step == 7
+    assert error.value.last_good == tmp_path / "checkpoints/4"
+    assert "the loss is nan at step 7" in str(error.value)
+    assert str(tmp_path / "checkpoints/4") in str(error.value)
+    assert list_steps(tmp_path / "checkpoints") == [4]
+
+
+def test_no_checkpoint_with_nan_is_written(tmp_path):
+    """The loss of the step before is finite, the parameters after it are not."""
+    data = FakeData()
+
+    def poison(step):
+        if step == 3:
+            data.images = np.full_like(data.images, np.nan)
+
+    data.at_step = poison
+    settings = config(**PHASES, keep=9, checkpoint_every=1)
+    with pytest.raises(TrainingDiverged) as error:
+        run(tmp_path, settings=settings, data=data)
+    assert error.value.last_good == tmp_path / "checkpoints/3"
+    found = restore(tmp_path)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found["params"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"settings": config(batch_size=18)},
+            "batch size 18 does not divide over 4 devices; the nearest .* is 16 or 20",
+        ),
+        (
+            {"settings": config(batch_size=24, micro_batches=4)},
+            "batch size 24 does not divide over 4 devices x 4 micro-batches; .* 16 or",
+        ),
+        (
+            {"settings": config(batch_size=68)},
+            "batch_size 68 is larger than the training set of fake, 64 images",
+        ),
+        (
+            {"model": Net(num_classes=7)},
+            r"shape \(1, 7\); fake has 10 classes, so it should be \(1, 10\)",
+        ),
+        (
+            {"rules": [nmjax.Rule("cnov", "2:4")]},
+            "'cnov' matches no layer",
+        ),
+        (
+            {"init_params": {"conv": {"kernel": np.zeros((3, 3, 8, 9))}}},
+            "init_params does not fit the model: .* is absent",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_folder_is_touched(
+    tmp_path, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to the run folder .*file/run"):
+        run(tmp_path / "file/run")
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(ValueError, match="has 0 MiB free, and a checkpoint"):
+        run(tmp_path / "run")
+
+
+def test_init_params_are_where_training_begins(uninterrupted, tmp_path):
+    found = restore(uninterrupted[0])
+    given = jax.tree.map(jax.numpy.asarray, found["params"])
+    result = run(
+        tmp_path,
+        settings=config(**PHASES, keep=9, lr=1e-30),
+        init_params=given,
+        init_batch_stats=found["batch_stats"],
+    )
+    assert_same(result.state.params, found["params"])
+    assert_same(given, found["params"])  # they were not donated
+
+
+def test_batch_statistics_are_those_of_the_network_as_it_is(uninterrupted):
+    """With one and the same batch, they tend to the statistics of that batch."""
+
+    class OneBatch(FakeData):
+        def train_batches(self, batch_size, *, seed, num_hosts=1, host=0):
+            batches = super().train_batches(batch_size, seed=seed)
+            batch = next(batches)
+            while True:
+                yield batch
+
+    found = restore(uninterrupted[0], 8)
+    data = OneBatch()
+    stats = reestimate_batch_stats(Net(), found["plan"], found, data, 16, batches=200)[
+        "batch_stats"
+    ]["BatchNorm_0"]
+    image = next(data.train_batches(16, seed=0))["image"]
+    kernel = found["params"]["stem"]["kernel"][0, 0]
+    activations = image @ kernel + found["params"]["stem"]["bias"]
+    np.testing.assert_allclose(stats["mean"], activations.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(stats["var"], activations.var((0, 1, 2)), rtol=1e-4)

@@ -1,0 +1,81 @@
+import csv
+
+import pytest
+
+from nmjax.training.metrics import Interval, MetricsWriter, columns
+
+NAMES = columns(10, sparse=True)
+
+
+def rows_of(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def write(run_dir, *, step, steps):
+    writer = MetricsWriter(run_dir, NAMES, step=step)
+    for number in steps:
+        writer.write({"step": number, "train_loss": number / 3, "phase": "sparse"})
+    writer.close()
+    return writer
+
+
+def test_columns_say_only_what_means_something():
+    assert "train_top5" not in columns(5, sparse=True)
+    assert "test_top5" in columns(6, sparse=True)
+    assert "flip_rate" not in columns(10, sparse=False)
+
+
+def test_an_interval_is_the_mean_over_its_steps_and_the_sum_of_sad():
+    interval = Interval()
+    interval.add({"loss": 3.0, "top1": 0.5, "sad": 4.0})
+    interval = Interval(interval.sums)  # through a checkpoint
+    interval.add({"loss": 1.0, "top1": 0.0, "sad": 0.0})
+    assert interval.row(100) == {
+        "train_loss": 2.0,
+        "train_top1": 0.25,
+        "sad": 4.0,
+        "flip_rate": 4 / (2 * 100),
+    }
+    assert interval.sums == {}
+
+
+def test_without_sparse_weights_there_is_no_flip_rate():
+    interval = Interval()
+    interval.add({"loss": 3.0, "sad": 0.0})
+    assert interval.row(0) == {"train_loss": 3.0}
+
+
+def test_a_row_is_on_disk_when_write_returns(tmp_path):
+    writer = MetricsWriter(tmp_path, NAMES, step=0)
+    writer.write({"step": 5, "lr": 0.1, "train_loss": 1 / 3, "not_a_column": 7})
+    assert rows_of(writer.file)[0]["train_loss"] == repr(1 / 3)
+    assert list(tmp_path.glob("events.*"))
+    writer.close()
+
+
+def test_a_resumed_run_drops_the_rows_after_its_step(tmp_path):
+    write(tmp_path, step=0, steps=(3, 6, 9))
+    writer = write(tmp_path, step=6, steps=(9, 12))
+    assert [row["step"] for row in rows_of(writer.file)] == ["3", "6", "9", "12"]
+
+
+@pytest.mark.parametrize("half", ["9,0.5,spar", "9" + "," * (len(NAMES) - 1) + "0.4"])
+def test_half_a_line_left_by_a_kill_is_dropped(tmp_path, half):
+    file = write(tmp_path, step=0, steps=(3, 6)).file
+    with file.open("a") as stream:
+        stream.write(half)
+    write(tmp_path, step=9, steps=(12,))
+    assert [row["step"] for row in rows_of(file)] == ["3", "6", "12"]
+
+
+def test_a_run_from_the_start_begins_a_new_file(tmp_path):
+    write(tmp_path, step=0, steps=(3, 6))
+    writer = write(tmp_path, step=0, steps=(3,))
+    assert [row["step"] for row in rows_of(writer.file)] == ["3"]
+
+
+def test_other_columns_are_refused(tmp_path):
+    write(tmp_path, step=0, steps=(3,))
+    with pytest.raises(ValueError, match=r"has columns step, .*Use another run folder"):
+        MetricsWriter(tmp_path, columns(3, sparse=False), step=3)
