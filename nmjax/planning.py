@@ -401,16 +401,20 @@ def check_sharding(path: str, array: Any, axis: int, recipe: Recipe | None) -> N
     if recipe is None or recipe.pattern is None or not isinstance(array, jax.Array):
         return
     shape, m = array.shape, recipe.pattern.m
-    if isinstance(array, Tracer):
-        sharding = jax.typeof(array).sharding
-        if sharding.mesh.empty:
-            return
-    else:
-        sharding = array.sharding
-    size = sharding.shard_shape(shape)[axis]
+    size = _shard_size(array, axis)
     if size != shape[axis] and size % m:
         raise PlanError(
             f"{path}: axis {axis} of size {shape[axis]} is sharded in parts of {size}, "
             f"which cuts groups of {m}; shard another axis, or in parts that are a "
             f"multiple of {m}"
         )
+
+
+def _shard_size(array: jax.Array, axis: int) -> int:
+    """How much of `axis` one device holds, as far as the array tells."""
+    if not isinstance(array, Tracer):
+        return array.sharding.shard_shape(array.shape)[axis]
+    sharding = jax.typeof(array).sharding
+    names = dict(enumerate(sharding.spec)).get(axis % array.ndim) or ()
+    names = (names,) if isinstance(names, str) else names
+    return array.shape[axis] // math.prod(sharding.mesh.shape[name] for name in names)

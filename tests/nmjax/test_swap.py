@@ -407,6 +407,27 @@ def test_sharded_weights_give_the_same_values_and_gradients(spec):
     )
 
 
+def test_explicit_mesh_axes_give_the_same_values_and_gradients():
+    variables, x = mlp_case()
+    run = jax.jit(
+        jax.value_and_grad(functools.partial(loss, nmjax.sparsify(Mlp(), RULES)))
+    )
+    value, gradient = run(variables["params"], x)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        replicated = jax.device_put(
+            variables["params"], NamedSharding(mesh, PartitionSpec())
+        )
+        batch = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        sharded_value, sharded_gradient = run(replicated, batch)
+    np.testing.assert_allclose(sharded_value, value, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        sharded_gradient,
+        gradient,
+    )
+
+
 def test_a_sharding_that_cuts_groups_is_refused():
     variables, x = mlp_case()
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
