@@ -21,9 +21,9 @@ so that the hosts' shares are disjoint and together the whole, and a run may be 
 on another number of hosts. What does not fill a global batch is dropped, each epoch
 another remainder. The random bits of an augmentation belong to (seed, epoch, record).
 
-The order is one argsort per epoch and a batch one indexing. Grain's own chain of
-`shuffle`, slice and `batch` calls Python several times per record, some forty times as
-much work: about what a small network needs to train on the image.
+The order is one argsort per epoch and a small set's batch one indexing. Grain's own
+chain of `shuffle`, slice and `batch` calls Python several times per record, 30 times
+the work: about what a small network needs to train on the image.
 """
 
 from __future__ import annotations
