@@ -1,11 +1,12 @@
 """N:M masks: the `n` largest of every `m` consecutive scores along an axis.
 
 The rank of a score is the number of scores of its group that precede it; the `n`
-lowest ranks are kept. Counting costs m - 1 comparisons a score, all of them
+lowest ranks are kept. Counting costs m comparisons a score, all of them
 element-wise, where a sort of many short groups is 10 to 80 times slower on XLA.
 """
 
 import functools
+import math
 import operator
 from typing import Literal
 
@@ -18,9 +19,10 @@ from nmjax.pattern import NMPattern
 
 Ragged = Literal["dense-tail", "pad"]
 
-# Up to this group size the comparisons are unrolled into one fused loop over the
-# scores. Beyond it, code and compile time would grow with m: a loop over m takes over.
-_MAX_UNROLLED_M = 16
+# Comparisons that one pass over the scores makes. Groups of up to 8 take a single fused
+# loop that writes only the mask; larger ones take m / 8 passes that add to the rank, so
+# memory is a few times the scores whatever m is.
+_RIVALS_PER_PASS = 8
 
 
 def nm_mask(
@@ -52,11 +54,12 @@ def nm_mask(
 
     Raises:
       ValueError: If the pattern, the axis, the dtype or `ragged` is not one of the
-        above, or if `m` does not divide the axis and `ragged` is `None`.
+        above, if `m` does not divide the axis and `ragged` is `None`, or if an
+        explicit sharding of the axis cuts a group.
     """
     pattern = NMPattern(pattern)
     scores = _real(scores)
-    axis = _check_axis(scores.shape, pattern, axis, ragged)
+    axis = _check_axis(scores, pattern, axis, ragged)
     return _nm_mask(scores, pattern, axis, ragged)
 
 
@@ -86,21 +89,20 @@ def magnitude_mask(
     """
     pattern = NMPattern(pattern)
     w = _real(w)
-    axis = _check_axis(w.shape, pattern, axis, ragged)
+    axis = _check_axis(w, pattern, axis, ragged)
     return _nm_mask(w, pattern, axis, ragged, magnitude=True)
 
 
 def _real(x: ArrayLike) -> jax.Array:
-    """Raises unless `x` has an order; returns it in a dtype of whole bytes."""
+    """Raises unless `x` has an order; returns it in a dtype that has integer keys."""
     x = jnp.asarray(x)
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint8)
     if jnp.issubdtype(x.dtype, jnp.integer):
-        narrow = jnp.iinfo(x.dtype).bits < 8
-        return x.astype(jnp.int8) if narrow else x
+        return x.astype(jnp.int8) if jnp.iinfo(x.dtype).bits < 8 else x
     if jnp.issubdtype(x.dtype, jnp.floating):
-        narrow = jnp.finfo(x.dtype).bits < 8
-        return x.astype(jnp.bfloat16) if narrow else x
+        # The formats of 8 bits and fewer differ in their sign, infinity and NaN bits.
+        return x.astype(jnp.bfloat16) if jnp.finfo(x.dtype).bits <= 8 else x
     raise ValueError(
         f"scores of dtype {x.dtype} have no order: pass real numbers, "
         "for complex weights their magnitudes"
@@ -108,24 +110,36 @@ def _real(x: ArrayLike) -> jax.Array:
 
 
 def _check_axis(
-    shape: tuple[int, ...], pattern: NMPattern, axis: int, ragged: str | None
+    scores: jax.Array, pattern: NMPattern, axis: int, ragged: str | None
 ) -> int:
     """Raises unless groups of `pattern` fit; returns the axis counted from the end."""
-    axis, rank = operator.index(axis), len(shape)
-    if not -rank <= axis < rank:
+    shape, axis = scores.shape, operator.index(axis)
+    if not -len(shape) <= axis < len(shape):
         raise ValueError(
             f"axis {axis} is out of range for scores of shape {shape}: "
             "groups need an axis to run along"
         )
     if ragged not in (None, "dense-tail", "pad"):
         raise ValueError(f'ragged={ragged!r}: expected None, "dense-tail" or "pad"')
-    if shape[axis] % pattern.m and ragged is None:
+    size = shape[axis]
+    if size % pattern.m and ragged is None:
         raise ValueError(
-            f"axis {axis} of shape {shape} has size {shape[axis]}, not a multiple of "
+            f"axis {axis} of shape {shape} has size {size}, not a multiple of "
             f"m = {pattern.m} (pattern {pattern}): choose another axis or pattern, "
             'leave this array dense, or say ragged="dense-tail" or ragged="pad"'
         )
-    return axis % rank - rank
+    # Explicit mesh axes only: of the others the type of an array does not know.
+    sharding = jax.typeof(scores).sharding
+    names = sharding.spec[axis] or ()
+    names = (names,) if isinstance(names, str) else names
+    shard = size // math.prod(sharding.mesh.shape[name] for name in names)
+    if shard < size and shard % pattern.m:
+        raise ValueError(
+            f"axis {axis} of shape {shape} is sharded into parts of {shard}, not a "
+            f"multiple of m = {pattern.m} (pattern {pattern}), and groups never "
+            "straddle devices: shard another axis, or jax.reshard these scores first"
+        )
+    return axis % len(shape) - len(shape)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="magnitude")
@@ -179,14 +193,17 @@ def _keep_groups(keys: jax.Array, pattern: NMPattern, axis: int) -> jax.Array:
     axis %= keys.ndim
     before, size, after = keys.shape[:axis], keys.shape[axis], keys.shape[axis + 1 :]
     groups = keys.reshape(*before, size // m, m, *after)
-    at = len(before) + 1
-    position = lax.broadcasted_iota(jnp.int32, groups.shape, at)
+    axis += 1  # of the positions in a group
+    position = lax.broadcasted_iota(
+        jnp.int32, (1,) * axis + (m,) + (1,) * len(after), axis
+    )
 
     def count(j, rank):
-        rival = lax.dynamic_slice_in_dim(groups, j, 1, axis=at)
-        precedes = (rival > groups) | ((rival == groups) & (j < position))
-        return rank + precedes.astype(rank.dtype)
+        rival = lax.dynamic_slice_in_dim(groups, j, 1, axis)
+        # A tie goes to the lower index: to the rival only if it comes first.
+        precedes = jnp.where(j < position, rival >= groups, rival > groups)
+        return rank + precedes.astype(jnp.int32)
 
     rank = jnp.zeros_like(groups, jnp.int32)
-    rank = lax.fori_loop(0, m, count, rank, unroll=m if m <= _MAX_UNROLLED_M else 1)
+    rank = lax.fori_loop(0, m, count, rank, unroll=min(m, _RIVALS_PER_PASS))
     return (rank < n).reshape(keys.shape)
