@@ -19,7 +19,7 @@ from flax import linen as nn
 from nmjax.pattern import NMPattern
 from nmjax.planning import PlanError
 from nmjax.recipes import Recipe, as_recipe
-from nmjax.recording import contracted_axes, why_no_hook
+from nmjax.recording import contracted_axes, own_hook, why_no_hook
 from nmjax.sparse_kernel import (
     ConvGeneralDilated,
     DotGeneral,
@@ -96,12 +96,12 @@ class _Layer(_Base):
         recipe = self.nm_recipe
         if recipe is None or recipe.pattern is None:
             return contextlib.nullcontext()
-        m, scope = recipe.pattern.m, self.scope
+        m, scope, taken = recipe.pattern.m, self.scope, own_hook(self)
 
         def wrap(kernel):
             path = "/".join((*self.path, "kernel"))
             axes = contracted_axes(self, kernel.ndim, args, kwargs)
-            reason = why_no_hook(self, kernel.shape)
+            reason = taken or why_no_hook(self, kernel.shape)
             if axes is None:
                 raise PlanError(f"{path}: the equation contracts no axis of the kernel")
             size = kernel.shape[axes[-1]]

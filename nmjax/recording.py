@@ -16,6 +16,7 @@ from flax.core import meta
 
 from nmjax.paths import map_named, named_leaves
 from nmjax.planning import Candidate, PlanError, is_weight
+from nmjax.sparse_kernel import OPS
 
 OWN_PARAMETER = (
     "no hook: the model reads this parameter itself; leave it dense here and mask it "
@@ -191,14 +192,20 @@ def einsum_axes(equation: str) -> tuple[int, ...] | None:
     return None if "." in kernel or not axes else axes
 
 
+def own_hook(layer: nn.Module) -> str:
+    """Says which hook of a layer the user has taken, or ""."""
+    for name in ("dot_general", "conv_general_dilated"):
+        for hook in (name, f"{name}_cls"):
+            value = getattr(layer, hook, None)
+            if value is not None and not isinstance(value, OPS):
+                return f"the layer has its own {hook}"
+    return ""
+
+
 def why_no_hook(layer: nn.Module, shape: tuple[int, ...]) -> str:
     """Why a known layer cannot take a sparse kernel, or ""."""
-    for hook in ("dot_general", "dot_general_cls"):
-        if getattr(layer, hook, None) is not None and not hasattr(layer, "nm_recipe"):
-            return f"the layer has its own {hook}"
-    for hook in ("conv_general_dilated", "conv_general_dilated_cls"):
-        if getattr(layer, hook, None) is not None:
-            return f"the layer has its own {hook}"
+    if taken := own_hook(layer):
+        return taken
     if isinstance(layer, nn.ConvLocal):
         return "unshared weights: not one GEMM"
     if getattr(layer, "mask", None) is not None:

@@ -244,6 +244,9 @@ class ConvGeneralDilated:
         return nm_conv(x, kernel.masked(), *args, **_without_out(kwargs))
 
 
+OPS = (DotGeneral, ConvGeneralDilated)
+
+
 def _without_out(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Drops nnx's `out_sharding` where it says nothing, refuses it where it does."""
     if kwargs.pop("out_sharding", None) is not None:
