@@ -1,0 +1,323 @@
+"""Flax nnx layers with `recipe=`, and how a layer becomes one of them.
+
+A sparse layer's class changes what Flax's own code reads as its hooks. What the layer
+stores stays as Flax stored it: equal layers stay equal and share traces, and turning
+one sparse or dense is a change of class and of one static attribute.
+"""
+
+import copyreg
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nmjax.nnx.recording import Weight, make_weight
+from nmjax.pattern import NMPattern
+from nmjax.planning import PlanEntry, PlanError, Rule, check_sharding, make_plan
+from nmjax.recipes import Recipe, as_recipe
+from nmjax.sparse_kernel import (
+    ConvGeneralDilated,
+    DotGeneral,
+    MaskKernel,
+    PromoteKernel,
+    SparseKernel,
+    Sparsity,
+)
+from nmjax.state import NMState, init_state, state_leaves
+
+RecipeLike = Recipe | NMPattern | str | None
+
+
+class NMMask(nnx.Variable):
+    """The mask of a layer whose recipe keeps one: bool, the shape of its kernel.
+
+    A transformation that names state by type must treat it as the kernel:
+    `nnx.StateAxes({nnx.Param: 0, nmjax.nnx.NMMask: 0, ...: None})`.
+    """
+
+
+class NMFlipRate(NMMask):
+    """Share of the mask's bits that its last refresh changed, float32.
+
+    A scalar, or the same number for each of the layers that `nnx.vmap` has stacked.
+    It is an `NMMask`, so that a filter for masks takes both.
+    """
+
+
+class _Hook:
+    """An attribute of a layer that reads differently while the layer is sparse."""
+
+    def __init__(self, sparse: Callable[[Any, Any], Any]):
+        self.sparse = sparse
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        if self.name not in vars(layer):
+            raise AttributeError(f"{type(layer).__name__} has no {self.name!r}")
+        own = vars(layer)[self.name]
+        return own if layer.nm_sparsity is None else self.sparse(layer, own)
+
+    def __set__(self, layer: Any, value: Any):
+        vars(layer)[self.name] = value
+
+
+class _SparseLayer(nnx.Module):
+    """What the layers below share.
+
+    Attributes:
+      nm_base: The class that the layer has when it is dense.
+      nm_recipe: The layer's own recipe, which no rule overrides, or None.
+      nm_sparsity: What acts on the kernel, by the layer's recipe or by a rule. Its
+        path names the class alone: layers that differ in place only are equal.
+      nm_mask: The mask, where the recipe keeps it.
+      nm_flip_rate: Where the recipe refreshes the mask.
+    """
+
+    kernel: nnx.Param
+    nm_base: type[nnx.Module]
+    nm_recipe: Recipe | None = None
+    nm_sparsity: Sparsity | None = None
+    nm_mask: NMMask | None = None
+    nm_flip_rate: NMFlipRate | None = None
+
+    def __init__(self, *args: Any, recipe: RecipeLike = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        own = as_recipe(recipe)
+        if not own.sparse:
+            return
+        self.nm_recipe = own
+        weight = make_weight("kernel", self.kernel, [(self, "kernel")])
+        made = make_plan([weight.candidate], [Rule(".*", own, ineligible="dense")])
+        (entry,) = made
+        if not entry.sparse:
+            raise PlanError(
+                f"{type(self).__name__} with a kernel of shape {entry.shape} cannot be "
+                f"sparse ({entry.reason}): use recipe=None"
+            )
+        make_sparse(self, entry)
+        store_mask(weight, init_state({"kernel": self.kernel.get_value()}, made))
+
+    promote_dtype = _Hook(
+        lambda layer, own: PromoteKernel(own, packed=True, wrap=layer.nm_kernel)
+    )
+    dot_general = _Hook(lambda layer, own: DotGeneral())
+    conv_general_dilated = _Hook(lambda layer, own: ConvGeneralDilated())
+
+    def nm_kernel(self, kernel: jax.Array) -> SparseKernel:
+        """What the layer's op reads in place of the plain kernel."""
+        sparsity = cast(Sparsity, self.nm_sparsity)
+        check_sharding(sparsity.path, kernel, sparsity.axis, sparsity.recipe)
+        if not sparsity.recipe.needs_state:
+            return SparseKernel(kernel, None, sparsity)
+        mask = kept_mask(self, sparsity.path)
+        if mask.shape != kernel.shape:
+            raise ValueError(
+                f"{sparsity.path} of shape {kernel.shape} meets a mask of shape "
+                f"{mask.shape}: a transformation that takes an axis of nnx.Param must "
+                "take it of the mask too, "
+                "nnx.StateAxes({nnx.Param: 0, nmjax.nnx.NMMask: 0, ...})"
+            )
+        return SparseKernel(kernel, mask, sparsity)
+
+
+class _MaskedLayer(_SparseLayer):
+    """Layers whose op cannot be replaced: it reads a kernel already masked."""
+
+    promote_dtype = _Hook(
+        lambda layer, own: MaskKernel(own, packed=True, wrap=layer.nm_kernel)
+    )
+
+
+class Linear(_SparseLayer, nnx.Linear):
+    """`flax.nnx.Linear` with `recipe=`: kernel `(in, out)`, groups along in.
+
+    Args:
+      *args: Flax's own, as the rest of the keywords.
+      recipe: A recipe, a pattern such as "2:4" (SR-STE), or None: dense.
+
+    Raises:
+      PlanError: The kernel cannot be sparse: m does not divide `in`, for example.
+    """
+
+    nm_base = nnx.Linear
+
+
+class LinearGeneral(_SparseLayer, nnx.LinearGeneral):
+    """`flax.nnx.LinearGeneral` with `recipe=`: groups along the last contracted axis.
+
+    Args:
+      *args: Flax's own, as the rest of the keywords.
+      recipe: A recipe, a pattern such as "2:4" (SR-STE), or None: dense.
+
+    Raises:
+      PlanError: The kernel cannot be sparse: m does not divide the axis, for example.
+    """
+
+    nm_base = nnx.LinearGeneral
+
+
+class Conv(_SparseLayer, nnx.Conv):
+    """`flax.nnx.Conv` with `recipe=`: kernel HWIO, groups along input channels.
+
+    Args:
+      *args: Flax's own, as the rest of the keywords.
+      recipe: A recipe, a pattern such as "2:4" (SR-STE), or None: dense.
+
+    Raises:
+      PlanError: The kernel cannot be sparse: the layer is depthwise, for example.
+    """
+
+    nm_base = nnx.Conv
+
+
+class ConvTranspose(_MaskedLayer, nnx.ConvTranspose):
+    """`flax.nnx.ConvTranspose` with `recipe=`: groups along input channels.
+
+    Args:
+      *args: Flax's own, as the rest of the keywords.
+      recipe: A recipe, a pattern such as "2:4" (SR-STE), or None: dense.
+
+    Raises:
+      PlanError: The kernel cannot be sparse: m does not divide the axis, for example.
+    """
+
+    nm_base = nnx.ConvTranspose
+
+
+class Einsum(_MaskedLayer, nnx.Einsum):
+    """`flax.nnx.Einsum` with `recipe=`: groups along the last contracted axis.
+
+    Args:
+      *args: Flax's own, as the rest of the keywords.
+      recipe: A recipe, a pattern such as "2:4" (SR-STE), or None: dense.
+
+    Raises:
+      PlanError: The kernel cannot be sparse: the equation contracts none of its axes,
+        for example.
+    """
+
+    nm_base = nnx.Einsum
+
+
+_LAYERS = (Linear, LinearGeneral, Conv, ConvTranspose, Einsum)
+
+
+class _SubclassMeta(type(nnx.Module)):
+    """The type of the classes that `_sparse_class` makes: it lets them pickle."""
+
+    nm_base: type
+
+
+@functools.cache
+def _sparse_class(cls: type) -> type:
+    """What a layer's class becomes; the same for the same class.
+
+    One of the layers above; for a user's subclass of Flax's layer, a subclass of both
+    with the name of the user's.
+    """
+    if issubclass(cls, _SparseLayer):
+        return cls
+    layer = next(layer for layer in _LAYERS if issubclass(cls, layer.nm_base))
+    if cls is layer.nm_base:
+        return layer
+    attributes = {
+        "nm_base": cls,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    pytree = cls._pytree__is_pytree
+    return _SubclassMeta(cls.__name__, (layer, cls), attributes, pytree=pytree)
+
+
+copyreg.pickle(_SubclassMeta, lambda cls: (_sparse_class, (cls.nm_base,)))
+
+
+def make_sparse(layer: Any, entry: PlanEntry) -> bool:
+    """Makes a layer follow an entry; whether that is new to it."""
+    path = f"{type(layer).__name__} kernel"
+    sparsity = dataclasses.replace(Sparsity.of(entry), path=path)
+    if getattr(layer, "nm_sparsity", None) == sparsity:
+        return False
+    _remove(layer, "nm_mask", "nm_flip_rate")
+    object.__setattr__(layer, "__class__", _sparse_class(type(layer)))
+    layer.nm_sparsity = sparsity
+    return True
+
+
+def make_dense(module: Any) -> None:
+    """Takes from a module what `make_sparse` gave it, and a recipe of its own."""
+    if not isinstance(module, _SparseLayer):
+        return
+    _remove(module, "nm_recipe", "nm_sparsity", "nm_mask", "nm_flip_rate")
+    # A user's subclass of a layer of this module has no base: dense as it is now.
+    base = vars(type(module)).get("nm_base", type(module))
+    object.__setattr__(module, "__class__", base)
+
+
+def _remove(layer: Any, *names: str) -> None:
+    for name in names:
+        if name in vars(layer):
+            delattr(layer, name)
+
+
+def keeps_mask(layer: Any) -> bool:
+    """Whether the layer's recipe keeps its mask."""
+    sparsity = getattr(layer, "nm_sparsity", None)
+    return sparsity is not None and sparsity.recipe.needs_state
+
+
+def kept_mask(layer: Any, path: str) -> jax.Array:
+    """The mask of a layer whose recipe keeps it.
+
+    Args:
+      layer: The layer.
+      path: For the message.
+
+    Raises:
+      ValueError: There is none.
+    """
+    if layer.nm_mask is None:
+        raise ValueError(
+            f"{path}: recipe {layer.nm_sparsity.recipe.name!r} keeps its mask in the "
+            "state and none was given; call nmjax.nnx.set_state(model, "
+            "nmjax.init_state(nmjax.nnx.params(model), plan))"
+        )
+    return layer.nm_mask[...]
+
+
+def store_mask(weight: Weight, state: NMState) -> None:
+    """Puts a weight's entry of a state, if it has one, into the layers that read it."""
+    path, shape = weight.candidate.path, weight.candidate.shape
+    mask = state_leaves(state, "mask").get(path)
+    if mask is None:
+        return
+    metadata = weight.param.get_metadata()
+    sharding = {key: metadata[key] for key in _SHARDING if key in metadata}
+    _put(weight, "nm_mask", lambda: NMMask(mask, **sharding), mask)
+    rate = state_leaves(state, "flip_rate").get(path)
+    if rate is not None:
+        rate = jnp.broadcast_to(rate, shape[: len(shape) - weight.ndim])
+        _put(weight, "nm_flip_rate", lambda: NMFlipRate(rate), rate)
+
+
+_SHARDING = ("out_sharding", "sharding_rules", "mesh")
+
+
+def _put(weight: Weight, name: str, make: Callable[[], NMMask], value: Any) -> None:
+    """Sets a Variable of all layers that share a weight; makes it where it is new."""
+    variable = getattr(weight.layers[0], name)
+    if variable is not None:
+        variable.set_value(value)
+        return
+    variable = make()
+    for layer in weight.layers:
+        setattr(layer, name, variable)
