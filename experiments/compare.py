@@ -78,7 +78,7 @@ def compare(options: CompareOptions, say: Callable[[str], None] = print) -> None
         if (method, seed) in records:
             say(f"{label} top-1 {records[method, seed].top1:.2f} % (already there)")
             continue
-        run_folder = single.prepare_folder(run)
+        run_folder = single.run_folder(run)
         outcome = single.train_network(run, data, run_folder, progress=False)
         made = [
             Record(
@@ -91,7 +91,7 @@ def compare(options: CompareOptions, say: Callable[[str], None] = print) -> None
         ]
         say(f"{label} top-1 {made[0].top1:.2f} %")
         if method == DENSE:
-            made += prune(run, runs[SPARSE, seed], data, run_folder)
+            made += prune(run, data, run_folder)
             say(
                 f"      pruned in one shot: {made[1].top1:.2f} %, "
                 f"{made[2].top1:.2f} % without new batch statistics"
@@ -121,16 +121,13 @@ def compare(options: CompareOptions, say: Callable[[str], None] = print) -> None
     )
 
 
-def prune(
-    dense: Options, sparse: Options, data: Any, folder: Path
-) -> tuple[Record, Record]:
+def prune(options: Options, data: Any, folder: Path) -> tuple[Record, Record]:
     """Prunes a trained dense network by magnitude, without training it again.
 
     Args:
-      dense: Options of the dense run.
-      sparse: Options whose pattern and layers are used.
+      options: Those of the dense run; its pattern and layers are used.
       data: The dataset.
-      folder: Run folder of the dense network.
+      folder: Its run folder.
 
     Returns:
       The records with batch statistics re-estimated on training batches, and with
@@ -140,28 +137,21 @@ def prune(
       nmjax.CheckError: The pruned network is not N:M.
     """
     saved = training.restore(folder)
-    rules = [
-        nmjax.Rule(
-            rule.path,
-            rule.recipe and nmjax.recipes.one_shot(rule.recipe.pattern),
-            ineligible=rule.ineligible,
-        )
-        for rule in single.sparsity_rules(sparse)
-    ]
-    model, batch = single.make_model(dense, data), dense.optim.batch_size
+    rules = single.sparsity_rules(options.replace(recipe="one_shot"))
+    model, batch = single.make_model(options, data), options.optim.batch_size
     plan = nmjax.plan(model, rules, single.example(data))
     masks = nmjax.init_state(saved["params"], plan)
     nmjax.check(saved["params"], plan, masks)
     pruned = {**{k: saved[k] for k in ("params", "batch_stats")}, "nm": masks}
     # The running averages forget by 0.9 a batch: after 100, nothing is left of before.
     again = training.reestimate_batch_stats(
-        model, rules, pruned, data, batch, batches=100, seed=dense.run.seed
+        model, rules, pruned, data, batch, batches=100, seed=options.run.seed
     )
     as_is, estimated = (
         100 * training.evaluate(model, rules, variables, data, batch)["top1"]
         for variables in (pruned, again)
     )
-    seed, layers = dense.run.seed, len(plan.sparse)
+    seed, layers = options.run.seed, len(plan.sparse)
     return (
         Record(PRUNED, seed, estimated, layers, None),
         Record(PRUNED_AS_IS, seed, as_is, layers, None),

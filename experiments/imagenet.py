@@ -8,7 +8,6 @@ network.
 import contextlib
 import difflib
 import io
-import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(parse(arguments), arguments)
+        return _run(parse(arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -139,7 +138,7 @@ def _resumed(options: Options, preset: str | None, rest: list[str]) -> Options:
     )
 
 
-def _run(command: Options | CompareOptions, arguments: Sequence[str]) -> int:
+def _run(command: Options | CompareOptions) -> int:
     """Carries out what was parsed; jax comes in here and not before."""
     from experiments.compare import compare
     from nmjax import training
@@ -149,14 +148,6 @@ def _run(command: Options | CompareOptions, arguments: Sequence[str]) -> int:
             compare(command)
         else:
             _run_single(command)
-    except training.TrainingInterrupted as stop:
-        again = shlex.join([*PROG.split(), *arguments])
-        print(
-            f"\nstopped after step {stop.step}, which is saved. The same command "
-            f"continues from there: {again}",
-            file=sys.stderr,
-        )
-        raise
     except training.TrainingDiverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -170,13 +161,14 @@ def _run_single(options: Options) -> None:
     single.train_config(options)
     single.sparsity_rules(options)
     if options.run.test_only:
-        scores = single.evaluate_run(options, single.load_data(options))
+        run = options.run.resume or ""  # `refuse` has seen to it that there is one
+        scores = single.evaluate_run(options, single.load_data(options), run)
         print(
-            f"{options.run.resume} on {scores['count']:.0f} test images of "
+            f"{run} on the {scores['count']:,.0f} test images of "
             f"{options.data.dataset}: {_scores(scores['top1'], scores.get('top5'))}"
         )
         return
-    folder = single.prepare_folder(options)
+    folder = single.run_folder(options)
     data = single.load_data(options)
     single.describe(options, data, print)
     print(f"run folder: {folder}\n", flush=True)

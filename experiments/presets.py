@@ -242,7 +242,7 @@ _DIGITS = Options().replace(
     lr=0.1,
     lr_warmup_epochs=1,
     weight_decay=5e-4,
-    print_freq=5,
+    print_freq=11,
 )
 
 PRESETS = {
@@ -354,7 +354,8 @@ def _refuse_idle(options: Options, given: set[str]) -> None:
 
 
 def write_options(options: Options, folder: Path) -> None:
-    """Writes options.json into a run folder, so that `--resume` finds them."""
+    """Writes options.json into a run folder, made if need be; `--resume` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(options.flat(), indent=1)
     (folder / "options.json").write_text(text + "\n")
 

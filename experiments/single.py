@@ -136,13 +136,16 @@ def example(data: datasets.Data) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
 
 
-def prepare_folder(options: Options) -> Path:
-    """Makes the run folder, or finds there a run that these options continue.
+def run_folder(options: Options) -> Path:
+    """The run folder, which need not exist yet.
 
     Raises:
-      ValueError: It cannot be made, or holds a run with other options.
+      ValueError: It cannot be made, or holds a run that these options do not continue.
     """
     folder = Path(options.run.output_dir or "")
+    exists = next(path for path in (folder, *folder.parents) if path.exists())
+    if not exists.is_dir():
+        raise ValueError(f"--output-dir {folder}: {exists} is a file, not a folder")
     # A run that has no checkpoint yet starts afresh, with whatever options.
     if (folder / "checkpoints").is_dir() and (saved := read_options(folder)):
         then, now = saved.flat(), options.flat()
@@ -154,12 +157,6 @@ def prepare_folder(options: Options) -> Path:
                 + ". Choose another --output-dir, or continue that run with "
                 f"--resume {folder} alone"
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--output-dir {folder}: {error.strerror}; give a folder that can be made"
-        ) from None
     return folder
 
 
@@ -170,15 +167,20 @@ def describe(options: Options, data: datasets.Data, say: Callable[[str], None]):
       ValueError: The rules do not fit the model.
     """
     model, rules = make_model(options, data), sparsity_rules(options)
-    images = example(data)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    try:
+        plan = nmjax.plan(model, rules, example(data))
+    except nmjax.PlanError as error:
+        raise ValueError(
+            f"{error}\nHere, rules are made by --dense REGEX ... and --ineligible"
+        ) from None
+    # The sparse model's init, because it logs now what it would log in mid-training.
+    init = nmjax.sparsify(model, rules).init
+    params = jax.eval_shape(init, jax.random.key(0), example(data))["params"]
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     config = train_config(options)
     steps = config.epochs * (data.num_train // config.batch_size)
     if rules:
-        plan = nmjax.plan(model, rules, images)
-        say(nmjax.summary(params, plan))
-        say("")
+        say(nmjax.summary(params, plan) + "\n")
     say(
         f"{options.model.model} on {data.name}: {size:,} parameters, {data.num_train:,}"
         f" training images, {config.epochs} epochs, {steps:,} steps of "
@@ -213,7 +215,7 @@ def train_network(
     Args:
       options: What to train.
       data: What `load_data(options)` gave.
-      folder: What `prepare_folder(options)` gave.
+      folder: What `run_folder(options)` gave.
       progress: Whether to show a progress bar.
 
     Raises:
@@ -258,16 +260,23 @@ def check_run(folder: Path) -> int:
     return len(saved["plan"].sparse)
 
 
-def evaluate_run(options: Options, data: datasets.Data) -> dict[str, float]:
+def evaluate_run(
+    options: Options, data: datasets.Data, checkpoint: str
+) -> dict[str, float]:
     """Evaluates a trained network, with the masks of its checkpoint.
+
+    Args:
+      options: Those of the run.
+      data: What `load_data(options)` gave.
+      checkpoint: The run folder, or one checkpoint in it.
 
     Returns:
       `loss`, `top1`, `count` and, with six classes or more, `top5`.
 
     Raises:
-      ValueError: `--resume` holds no checkpoint of this model.
+      ValueError: There is no checkpoint of this model.
     """
-    saved = training.restore(options.run.resume)
+    saved = training.restore(checkpoint)
     variables = {name: saved[name] for name in ("params", "batch_stats", "nm")}
     return training.evaluate(
         make_model(options, data),

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import compare, imagenet
 from experiments.compare import DENSE, METHODS, PRUNED, PRUNED_AS_IS, SPARSE, Record
-from experiments.plots import read_metrics
+from experiments.plots import plot_run, read_metrics
 from experiments.presets import CompareOptions
 
 
@@ -124,6 +124,21 @@ def test_damaged_table(tmp_path):
     (tmp_path / "table.json").write_text("{")
     with pytest.raises(ValueError, match="table.json is damaged"):
         compare.compare(CompareOptions(output_dir=str(tmp_path)))
+
+
+def test_figures_from_metrics_with_empty_cells(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text(
+        "step,phase,train_loss,flip_rate,test_top1\n"
+        "5,dense,2.0,,\n10,sparse,1.0,0.5,0.75\n"
+    )
+    curves = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert curves["train_loss"] == ([5, 10], [2.0, 1.0])
+    assert curves["flip_rate"] == ([10], [0.5])
+    assert "phase" not in curves
+    plot_run(tmp_path / "run")
+    for figure in ("learning_curves", "flip_rate"):
+        assert (tmp_path / "run" / "plots" / f"{figure}.png").stat().st_size > 0
 
 
 @pytest.mark.slow

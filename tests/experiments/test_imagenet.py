@@ -174,3 +174,92 @@ class TestPresets:
     def test_every_field_of_the_trainer_has_an_option(self):
         fields = {field.name for field in dataclasses.fields(TrainConfig)}
         assert set(single._CONFIG) == fields - {"loss_scale", "keep"}
+
+
+class TestBeforeTraining:
+    """What only the data, the model or the disk can tell, through `main`."""
+
+    @pytest.fixture
+    def error(self, capsys, monkeypatch):
+        def train(*args, **kwargs):
+            raise AssertionError("training began")
+
+        monkeypatch.setattr(single.training, "train", train)
+
+        def run(*arguments: str) -> str:
+            assert imagenet.main(arguments) == 2
+            message = capsys.readouterr().err
+            assert message.startswith("error: ")
+            return message
+
+        return run
+
+    def test_dataset_missing(self, error, tmp_path):
+        place = ["--data-path", str(tmp_path), "--output-dir", str(tmp_path / "run")]
+        message = error("resnet18-2to4", *place)
+        assert "python -m experiments.prepare imagenet2012" in message
+        assert not (tmp_path / "run").exists()
+
+    def test_output_below_a_file(self, error, tmp_path):
+        (tmp_path / "file").write_text("")
+        folder = str(tmp_path / "file" / "run")
+        message = error("digits-resnet8-2to4", "--output-dir", folder)
+        assert f"{tmp_path / 'file'} is a file, not a folder" in message
+
+    def test_batch_larger_than_the_set(self, error, tmp_path):
+        arguments = ["--batch-size", "2000", "--output-dir", str(tmp_path)]
+        assert "1437 training images" in error("digits-resnet8-2to4", *arguments)
+
+    def test_dense_that_matches_nothing(self, error, tmp_path):
+        arguments = ["--dense", "haed", "--output-dir", str(tmp_path)]
+        message = error("digits-resnet8-2to4", *arguments)
+        assert "'haed' matches no layer" in message
+        assert "stage1_block1/conv1" in message
+
+    def test_ineligible_layer(self, error, tmp_path):
+        arguments = ["--ineligible", "error", "--output-dir", str(tmp_path)]
+        message = error("digits-resnet8-2to4", *arguments)
+        assert "stem" in message
+        assert "--ineligible" in message
+
+    def test_folder_of_a_run_with_other_options(self, error, tmp_path):
+        (tmp_path / "checkpoints").mkdir()
+        options = PRESETS["digits-resnet8-2to4"].options.replace(lr=0.5)
+        presets.write_options(options, tmp_path)
+        message = error("digits-resnet8-2to4", "--output-dir", str(tmp_path))
+        assert "--lr 0.5, not 0.1" in message
+
+    def test_damaged_options(self, error, tmp_path):
+        (tmp_path / "options.json").write_text("{")
+        assert "options.json is damaged" in error("--resume", str(tmp_path))
+
+    def test_pretrained_that_is_no_run(self, error, tmp_path):
+        place = ["--pretrained", str(tmp_path), "--output-dir", str(tmp_path / "run")]
+        assert str(tmp_path) in error("digits-resnet8-2to4", *place)
+
+
+@pytest.mark.slow
+def test_train_continue_and_evaluate(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    short = "--batch-size 256 --epochs 1 --lr-warmup-epochs 0".split()
+    assert imagenet.main(["digits-resnet8-2to4", *short, "--output-dir", folder]) == 0
+    printed = capsys.readouterr().out
+    assert "8 of 10 weights sparse" in printed
+    assert "77,754 parameters" in printed
+    assert "N:M check: passed, 8 layers" in printed
+    top1 = printed.split("Test set: ")[1].split(",")[0]
+    for figure in ("learning_curves", "flip_rate"):
+        assert (tmp_path / "run" / "plots" / f"{figure}.png").stat().st_size > 0
+
+    assert imagenet.main(["--test-only", "--resume", f"{folder}/best"]) == 0
+    assert f"360 test images of digits: {top1}" in capsys.readouterr().out
+
+    assert imagenet.main(["--resume", folder, "--epochs", "2"]) == 0
+    assert presets.read_options(tmp_path / "run").optim.epochs == 2
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == [5, 10]
+
+    start = ["--pretrained", folder, "--output-dir", str(tmp_path / "pruned")]
+    short = ["--recipe", "one_shot", *short]
+    assert imagenet.main(["digits-resnet8-2to4", *short, *start]) == 0
+    assert "N:M check: passed, 8 layers" in capsys.readouterr().out
