@@ -297,7 +297,8 @@ def plan_params(params: Any, rules: Rules) -> Plan:
         candidates.append(
             Candidate(path, shape, str(leaf.dtype), axes=axes, reason=reason)
         )
-        check_sharding(path, leaf, axes[-1], rule and rule.recipe)
+        if not reason:
+            check_sharding(path, leaf, axes[-1], rule and rule.recipe)
     return make_plan(candidates, rules)
 
 
