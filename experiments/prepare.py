@@ -60,7 +60,7 @@ class FashionMnist:
 
 @dataclasses.dataclass(frozen=True)
 class Imagenet2012:
-    """ImageNet (ILSVRC 2012): 1,331,167 photographs, 145 GB.
+    """ImageNet (ILSVRC 2012): 1,331,167 photographs, 155 GB.
 
     Reads the two archives that image-net.org hands out after registration, copies every
     JPEG byte for byte and re-encodes the 23 that are not RGB or grey JPEGs.

@@ -4,7 +4,7 @@ The files are made in a directory beside the final one, counted, and renamed int
 at the end, so that whatever stops the work - a full disk, a damaged archive, Ctrl-C -
 leaves either the old set or none. A kill leaves `.VERSION.partial`, which the next try
 removes. TFDS's documented `folder_dataset.write_metadata` makes the set one of its own:
-`tfds.builder_from_directory` reads it, with or without TensorFlow.
+`tfds.builder_from_directory` reads it.
 """
 
 from __future__ import annotations

@@ -464,7 +464,7 @@ def test_damaged_archives_are_named(tars, tmp_path, file, data, message):
             ["digits", "fashion_mnist", "imagenet2012", "Nothing is downloaded"],
         ),
         (["fashion_mnist", "--help"], ["--source PATH", "--data-path PATH", "idx"]),
-        (["imagenet2012", "--help"], ["ILSVRC2012_img_train.tar", "145 GB"]),
+        (["imagenet2012", "--help"], ["ILSVRC2012_img_train.tar", "155 GB"]),
     ],
 )
 def test_help_teaches(arguments, words, capsys):
