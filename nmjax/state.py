@@ -74,6 +74,11 @@ def refresh(state: NMState, params: Any, plan: Plan, step: int | jax.Array) -> N
         flat[path] = {"mask": mask}
         if interval is None:
             continue
+        if path not in rates:
+            raise ValueError(
+                f"{path}: recipe {sparsity.recipe.name!r} refreshes its mask and this "
+                "state cannot be: give the one from nmjax.init_state, not from prepare"
+            )
         due = jnp.asarray(step) % interval == 0
         new = jax.lax.cond(due, sparsity.choose_mask, lambda w, mask=mask: mask, w)
         rate = jnp.mean(new != mask, dtype=jnp.float32)
@@ -154,7 +159,8 @@ def state_masks(state: NMState, plan: Plan) -> dict[str, jax.Array]:
     """The masks of a state by path.
 
     Raises:
-      ValueError: The state holds a mask for a parameter that is not sparse here.
+      ValueError: The state holds a mask for a parameter that is not sparse here, or
+        one that is not bool.
     """
     masks = state_leaves(state, "mask")
     strangers = sorted(set(masks) - {entry.path for entry in plan.sparse})
@@ -164,6 +170,9 @@ def state_masks(state: NMState, plan: Plan) -> dict[str, jax.Array]:
             f"sparse (it does {[entry.path for entry in plan.sparse]}); make it anew "
             "with nmjax.init_state(params, plan)"
         )
+    for path, mask in masks.items():
+        if mask.dtype != jnp.bool_:
+            raise ValueError(f"{path}: the state's mask is {mask.dtype}, not bool")
     return masks
 
 
