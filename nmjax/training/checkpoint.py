@@ -137,7 +137,7 @@ def _write_error(manager: ocp.CheckpointManager, error: Exception) -> Checkpoint
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def describe(tree: Any) -> dict[str, dict[str, Any]]:

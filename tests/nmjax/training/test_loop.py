@@ -82,7 +82,7 @@ def run_dir(uninterrupted, tmp_path):
 def test_a_run_leaves_what_it_says(uninterrupted):
     run_dir, result, _ = uninterrupted
     assert int(result.state.step) == 16
-    assert result.test_top1 > 0.5
+    assert result.test_top1 > 0.3  # chance is 0.1
     assert result.test_top5 >= result.test_top1
     assert result.metrics_file == run_dir / "metrics.csv"
     assert result.checkpoint == run_dir / "checkpoints/16"
@@ -215,10 +215,9 @@ def test_a_finished_run_can_be_prolonged(run_dir):
         run(run_dir, settings=config(**PHASES, keep=9, epochs=4))
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_resume_on_another_number_of_devices(uninterrupted, run_dir, devices):
-    for step in (12, 16):
-        shutil.rmtree(run_dir / f"checkpoints/{step}")
+    shutil.rmtree(run_dir / "checkpoints/16")
     result = run(
         run_dir,
         settings=config(**PHASES, keep=9),
@@ -397,16 +396,20 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
 
 
 def test_init_params_are_where_training_begins(uninterrupted, tmp_path):
-    found = restore(uninterrupted[0])
-    given = jax.tree.map(jax.numpy.asarray, found["params"])
-    result = run(
-        tmp_path,
-        settings=config(**PHASES, keep=9, lr=1e-30),
-        init_params=given,
-        init_batch_stats=found["batch_stats"],
+    settings, images = config(**PHASES, keep=9), np.zeros((1, 4, 4, 4), np.float32)
+    given = Net().init(jax.random.key(0), images, train=False)["params"]
+    before = jax.device_get(given)
+    same = run(tmp_path / "same", settings=settings, init_params=given)
+    assert_same(same.state, uninterrupted[1].state)
+    assert_same(given, before)  # they were not donated
+    given = restore(uninterrupted[0])
+    other = run(
+        tmp_path / "other",
+        settings=settings,
+        init_params=given["params"],
+        init_batch_stats=given["batch_stats"],
     )
-    assert_same(result.state.params, found["params"])
-    assert_same(given, found["params"])  # they were not donated
+    assert other.test_loss < same.test_loss
 
 
 def test_batch_statistics_are_those_of_the_network_as_it_is(uninterrupted):
