@@ -43,12 +43,18 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
       `nm=` (a state, or what `nmjax.prepare` made) where a recipe keeps its mask.
 
     Raises:
-      ValueError: At update: parameters missing, or a needed mask is not in `nm`.
+      ValueError: At update: the parameters are missing or are those of another plan,
+        or a needed mask is not in `nm`.
     """
     import optax
 
     sparse = {entry.path: Sparsity.of(entry) for entry in plan.sparse}
-    sparse = {p: s for p, s in sparse.items() if s.recipe.decay_in == "optimizer"}
+    sparse = {
+        path: sparsity
+        for path, sparsity in sparse.items()
+        if sparsity.recipe.decay_in == "optimizer"
+        and (sparsity.recipe.decay if decay is None else decay)
+    }
 
     def init(params):
         del params
@@ -59,6 +65,11 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
         if params is None:
             raise ValueError("add_decay needs the parameters: tx.update(g, s, params)")
         masks, weights = state_masks(nm or {}, plan), named_leaves(params)
+        if sparse and sparse.keys().isdisjoint(weights):
+            raise ValueError(
+                f"none of the weights to decay, {list(sparse)}, is among the params "
+                f"{list(weights)}: give the tree that the plan was made for"
+            )
 
         def add(path, gradient):
             if path not in sparse:
