@@ -129,8 +129,8 @@ def summarize(by_round, copies):
 def markdown(environment, rows):
     """The table, headed by the machine."""
     lines = [
-        f"N:M masks of a {SIZE}x{SIZE} float32 matrix, groups along `axis`; the ratio is "
-        "to the copy of the same round.",
+        f"N:M masks of a {SIZE}x{SIZE} float32 matrix, groups along `axis`. "
+        "The ratio is to the copy of the same round.",
         "",
         ", ".join(f"{key} {value}" for key, value in environment.items()),
         "",

@@ -57,10 +57,9 @@ def nm_mask(
         above, if `m` does not divide the axis and `ragged` is `None`, or if an
         explicit sharding of the axis cuts a group.
     """
-    pattern = NMPattern(pattern)
-    scores = _real(scores)
+    pattern, scores = NMPattern(pattern), _real(scores)
     axis = _check_axis(scores, pattern, axis, ragged)
-    return _nm_mask(scores, pattern, axis, ragged)
+    return _nm_mask(scores, pattern, axis, ragged, magnitude=False)
 
 
 def magnitude_mask(
@@ -87,8 +86,7 @@ def magnitude_mask(
     Raises:
       ValueError: As `nm_mask`.
     """
-    pattern = NMPattern(pattern)
-    w = _real(w)
+    pattern, w = NMPattern(pattern), _real(w)
     axis = _check_axis(w, pattern, axis, ragged)
     return _nm_mask(w, pattern, axis, ragged, magnitude=True)
 
@@ -112,7 +110,7 @@ def _real(x: ArrayLike) -> jax.Array:
 def _check_axis(
     scores: jax.Array, pattern: NMPattern, axis: int, ragged: str | None
 ) -> int:
-    """Raises unless groups of `pattern` fit; returns the axis counted from the end."""
+    """Raises unless groups of `pattern` fit; returns the axis counted from 0."""
     shape, axis = scores.shape, operator.index(axis)
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
@@ -139,34 +137,32 @@ def _check_axis(
             f"multiple of m = {pattern.m} (pattern {pattern}), and groups never "
             "straddle devices: shard another axis, or jax.reshard these scores first"
         )
-    return axis % len(shape) - len(shape)
+    return axis % len(shape)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="magnitude")
+@functools.partial(jax.jit, static_argnames=("pattern", "axis", "ragged", "magnitude"))
 def _nm_mask(
     scores: jax.Array,
     pattern: NMPattern,
     axis: int,
     ragged: str | None,
-    *,
-    magnitude: bool = False,
+    magnitude: bool,
 ) -> jax.Array:
     if pattern.n == pattern.m:
         return jnp.ones_like(scores, jnp.bool_)
     keys = _keys(scores, magnitude)
     size = keys.shape[axis]
     tail = size % pattern.m
-    if tail and ragged == "dense-tail":
-        full = lax.slice_in_dim(keys, 0, size - tail, axis=axis)
-        rest = jnp.ones_like(lax.slice_in_dim(keys, size - tail, size, axis=axis), bool)
-        return jnp.concatenate([_keep_groups(full, pattern, axis), rest], axis)
-    if tail:
-        # The lowest key is enough: ties go to the lower index and padding comes last.
-        padding = [(0, 0)] * keys.ndim
-        padding[axis] = (0, pattern.m - tail)
-        keys = jnp.pad(keys, padding, constant_values=jnp.iinfo(keys.dtype).min)
-        return lax.slice_in_dim(_keep_groups(keys, pattern, axis), 0, size, axis=axis)
-    return _keep_groups(keys, pattern, axis)
+    if not tail:
+        return _keep_groups(keys, pattern, axis)
+    # The lowest key is low enough: ties go to the lower index, and padding comes last.
+    padding = [(0, 0)] * keys.ndim
+    padding[axis] = (0, pattern.m - tail)
+    keys = jnp.pad(keys, padding, constant_values=jnp.iinfo(keys.dtype).min)
+    mask = lax.slice_in_dim(_keep_groups(keys, pattern, axis), 0, size, axis=axis)
+    if ragged == "dense-tail":
+        mask |= lax.broadcasted_iota(jnp.int32, mask.shape, axis) >= size - tail
+    return mask
 
 
 def _keys(x: jax.Array, magnitude: bool) -> jax.Array:
@@ -182,15 +178,14 @@ def _keys(x: jax.Array, magnitude: bool) -> jax.Array:
         return x
     bits = lax.bitcast_convert_type(x, f"int{8 * x.dtype.itemsize}")
     info = jnp.iinfo(bits.dtype)
-    size = bits & info.max
-    keys = size if magnitude else jnp.where(bits < 0, -size, size)
+    absolute = bits & info.max
+    keys = absolute if magnitude else jnp.where(bits < 0, -absolute, absolute)
     return jnp.where(jnp.isnan(x), info.min, keys)
 
 
 def _keep_groups(keys: jax.Array, pattern: NMPattern, axis: int) -> jax.Array:
     """The mask of `keys` whose `axis` holds whole groups."""
     n, m = pattern.n, pattern.m
-    axis %= keys.ndim
     before, size, after = keys.shape[:axis], keys.shape[axis], keys.shape[axis + 1 :]
     groups = keys.reshape(*before, size // m, m, *after)
     axis += 1  # of the positions in a group
