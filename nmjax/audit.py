@@ -6,6 +6,7 @@ names, and that it is the mask of the weights beside it. So it can fail.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -24,9 +25,10 @@ class Problem:
 
     Attributes:
       path: The parameter.
-      kind: "missing" (parameter or mask not there), "shape", "axis" (N:M along another
-        axis than the plan's), "pattern" (not N:M), "weights" (N:M, but not the mask of
-        the stored weights), "stranger" (a mask that the plan does not know).
+      kind: "missing" (parameter or mask not there), "shape" (or no bool mask), "axis"
+        (N:M along another axis than the plan's), "pattern" (not N:M), "weights" (N:M,
+        but not the mask of the stored weights), "stranger" (a mask that the plan does
+        not know).
       detail: Groups and values, in words.
     """
 
@@ -87,14 +89,18 @@ def _judge(entry: PlanEntry, w, mask, masks) -> list[Problem]:
         return [Problem(path, "missing", "is in the plan, not in the parameters")]
     if w.shape != entry.shape:
         return [Problem(path, "shape", f"plan {entry.shape}, parameter {w.shape}")]
-    needs_state = sparsity.recipe.needs_state
+    needs_state, m = sparsity.recipe.needs_state, sparsity.pattern.m
+    if entry.shape[entry.axis] % m and entry.ragged is None:
+        detail = f"axis {entry.axis} of {entry.shape} does not hold groups of {m}"
+        return [Problem(path, "axis", detail)]
     if mask is None and (masks or needs_state):
         return [Problem(path, "missing", "the state has no mask for it")]
     keeps_mask = needs_state and mask is not None
     own = mask if keeps_mask else np.asarray(sparsity.choose_mask(w))
     mask = own if mask is None else mask
-    if mask.shape != entry.shape:
-        return [Problem(path, "shape", f"weight {entry.shape}, mask {mask.shape}")]
+    if mask.shape != entry.shape or mask.dtype != bool:
+        detail = f"weight {entry.shape}, mask {mask.shape} of dtype {mask.dtype}"
+        return [Problem(path, "shape", detail)]
     wrong = _wrong_groups(mask, sparsity)
     if wrong.any():
         return [_not_nm(entry, w, mask, wrong)]
@@ -126,9 +132,20 @@ def _wrong_groups(mask: np.ndarray, sparsity: Sparsity) -> np.ndarray:
     tail = mask.shape[sparsity.axis] % pattern.m
     if tail:
         kept = np.moveaxis(mask, sparsity.axis, -1)[..., -tail:].sum(-1)
-        expected = tail if sparsity.ragged == "dense-tail" else min(pattern.n, tail)
-        wrong = np.concatenate([wrong, (kept != expected)[..., None]], axis=-1)
+        wrong_tail = kept != _kept_of_tail(sparsity, tail)
+        wrong = np.concatenate([wrong, wrong_tail[..., None]], axis=-1)
     return wrong
+
+
+def _kept_of_tail(sparsity: Sparsity, tail: int) -> int:
+    return tail if sparsity.ragged == "dense-tail" else min(sparsity.pattern.n, tail)
+
+
+def _density(entry: PlanEntry) -> float:
+    """The share of weights that the plan keeps, tails included."""
+    sparsity, size = Sparsity.of(entry), entry.shape[entry.axis]
+    groups, tail = divmod(size, sparsity.pattern.m)
+    return (groups * sparsity.pattern.n + _kept_of_tail(sparsity, tail)) / size
 
 
 def _not_nm(entry: PlanEntry, w, mask, wrong) -> Problem:
@@ -180,28 +197,25 @@ def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
     weights = _arrays(params)
     masks = state_leaves(state or {}, "mask")
     rows = [("path", "layer", "shape", "axes", "recipe", "density", "N:M")]
-    kept = total = 0
+    kept = total = present = 0
     for entry in plan:
         w, mask = weights.get(entry.path), masks.get(entry.path)
         density, verdict, recipe = 1.0, entry.reason, "-"
         if entry.sparse:
             sparsity = Sparsity.of(entry)
             recipe = f"{sparsity.recipe.name} {sparsity.pattern}"
-            density, verdict = sparsity.pattern.density, "not judged"
-            if hasattr(w, "__array__"):
-                problems = _judge(
-                    entry,
-                    np.asarray(w),
-                    None if mask is None else np.asarray(mask),
-                    masks,
-                )
-                verdict = problems[0].kind if problems else "yes"
+            density, verdict = _density(entry), "not judged"
+            if w is None or hasattr(w, "__array__"):
+                arrays = (None if x is None else np.asarray(x) for x in (w, mask))
+                problems = _judge(entry, *arrays, masks)
+                verdict = f"no: {problems[0].kind}" if problems else "yes"
         shape = "x".join(map(str, entry.shape))
         axes = ",".join(map(str, entry.axes)) or "-"
         row = (entry.path, entry.layer, shape, axes, recipe, f"{density:.3f}", verdict)
         rows.append(row)
         kept, total = kept + density * entry.size, total + entry.size
-    other = sum(int(np.prod(w.shape)) for w in weights.values()) - total
+        present += 0 if w is None else math.prod(w.shape)
+    other = sum(math.prod(w.shape) for w in weights.values()) - present
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))

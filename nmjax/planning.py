@@ -178,6 +178,12 @@ class PlanEntry:
     ragged: Ragged | None
     reason: str
 
+    def __post_init__(self):
+        """Refuses a sparse parameter without an axis to run groups along."""
+        rank = len(self.shape)
+        if self.sparse and not (self.axes and -rank <= self.axes[-1] < 0):
+            raise ValueError(f"{self.path}: axes {self.axes} of shape {self.shape}")
+
     @property
     def sparse(self) -> bool:
         """Whether a recipe acts on the parameter."""
@@ -267,7 +273,7 @@ def plan_params(params: Any, rules: Rules) -> Plan:
 
     Rank alone does not tell which axis a GEMM contracts: parameters of rank 2, and
     kernels of rank 4 named "kernel" (HWIO), use axis -2; a rule that matches any
-    other must say `axis=`.
+    other, or an "embedding", must say `axis=`.
 
     Args:
       params: A pytree of arrays, or of `jax.ShapeDtypeStruct`.
@@ -292,6 +298,8 @@ def plan_params(params: Any, rules: Rules) -> Plan:
             axes = (rule.axis,)
             if -rule.axis > len(shape):
                 reason = f"axis {rule.axis} does not exist in shape {shape}"
+        elif path.rsplit("/", 1)[-1] == "embedding":
+            reason = "embedding: a table, not a GEMM, unless Rule(axis=) says otherwise"
         elif len(shape) != 2 and not (len(shape) == 4 and path.endswith("kernel")):
             reason = f"rank {len(shape)} does not tell the contracted axis: Rule(axis=)"
         candidates.append(

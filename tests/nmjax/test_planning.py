@@ -256,6 +256,15 @@ def test_an_axis_that_does_not_exist_is_an_error(concrete):
     assert "axis -3" in plan["w"].reason
 
 
+def test_an_embedding_is_a_table():
+    tree = shapes(tokens__embedding=(64, 8), out__kernel=(8, 4))
+    with pytest.raises(PlanError, match="tokens/embedding .*a table, not a GEMM"):
+        plan_params(tree, [Rule(".*", "2:4")])
+    assert [e.path for e in plan_params(tree, "2:4").sparse] == ["out/kernel"]
+    plan = plan_params(tree, [Rule("tokens/.*", "2:4", axis=-1)])
+    assert plan["tokens/embedding"].axis == -1  # used as a GEMM: tied to the output
+
+
 def test_plan_params_takes_any_pytree():
     tree = [{"w": jnp.ones((8, 4))}, (jnp.ones((4, 4)), np.ones((4, 8), np.float32))]
     plan = plan_params(tree, [Rule("0/.*", "2:4"), Rule("1/1", "1:4", axis=-1)])
@@ -313,6 +322,9 @@ def damaged(change):
         damaged(lambda data: data["entries"][0].update(density=0.5)),
         damaged(lambda data: data["entries"][0].pop("axes")),
         damaged(lambda data: data["entries"][0].update(shape=3)),
+        damaged(lambda data: data["entries"][0].update(axes=[])),
+        damaged(lambda data: data["entries"][0].update(axes=[2])),
+        damaged(lambda data: data["entries"][0].update(axes=[-5])),
         damaged(lambda data: data["entries"][0].update(recipe="sr_ste")),
         damaged(lambda data: data["entries"][0]["recipe"].update(pattern="4:2")),
         damaged(lambda data: data["entries"][0]["recipe"].update(logits=True)),
