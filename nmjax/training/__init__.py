@@ -61,13 +61,13 @@ except ModuleNotFoundError as error:
 
 from nmjax.training.checkpoint import CheckpointError as CheckpointError
 from nmjax.training.checkpoint import DamagedCheckpointError as DamagedCheckpointError
-from nmjax.training.checkpoint import load_plan as load_plan
-from nmjax.training.checkpoint import restore as restore
 from nmjax.training.config import TrainConfig as TrainConfig
 from nmjax.training.evaluation import evaluate as evaluate
 from nmjax.training.evaluation import reestimate_batch_stats as reestimate_batch_stats
 from nmjax.training.loop import TrainingDiverged as TrainingDiverged
 from nmjax.training.loop import TrainResult as TrainResult
+from nmjax.training.restoring import load_plan as load_plan
+from nmjax.training.restoring import restore as restore
 from nmjax.training.signals import TrainingInterrupted as TrainingInterrupted
 from nmjax.training.start import train as train
 from nmjax.training.state import TrainState as TrainState

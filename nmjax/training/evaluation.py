@@ -22,7 +22,7 @@ def evaluate(
     data: Any,
     batch_size: int,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> dict[str, float]:
     """Loss and accuracy on the whole test set.
 
@@ -66,8 +66,8 @@ def run_evaluation(
     batch_size: int,
     mesh: Mesh,
     *,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
+    before_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Sums a compiled evaluation step over the test set.
 
     Args:
@@ -75,10 +75,10 @@ def run_evaluation(
       data: The data set.
       batch_size: Over all hosts.
       mesh: Where the batches go.
-      stop: Asked before every batch.
+      before_batch: Called before every batch; may raise to end the evaluation.
 
     Returns:
-      Means by name and "count"; None when `stop` said so.
+      Means by name and "count".
 
     Raises:
       ValueError: The test set is empty.
@@ -92,8 +92,7 @@ def run_evaluation(
 
     pending: Mapping[str, jax.Array] = {}
     for batch in data.test_batches(batch_size // jax.process_count(), **hosts):
-        if stop():
-            return None
+        before_batch()
         # The sums of one batch are fetched while the device works on the next.
         done, pending = pending, step(put_batch(batch, mesh))
         add(done)
@@ -140,9 +139,20 @@ def reestimate_batch_stats(
     params, nm = variables["params"], variables.get("nm") or {}
     masks = nmjax.prepare(params, plan, nm)
     batch_stats = variables.get("batch_stats") or {}
+    update = _jit_update_batch_stats(model)
+    batches_of = data.train_batches(batch_size, seed=seed)
+    for number in range(batches):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        images = next(batches_of)["image"]
+        batch_stats = update(params, batch_stats, masks, images, key)
+    return {**variables, "batch_stats": batch_stats}
 
-    @jax.jit
-    def update(batch_stats, images, key):
+
+@functools.lru_cache(maxsize=16)
+def _jit_update_batch_stats(model: nn.Module) -> Callable[..., Any]:
+    """`(params, batch_stats, masks, images, key) -> batch_stats`, compiled."""
+
+    def update(params, batch_stats, masks, images, key):
         variables = {"params": params, "batch_stats": batch_stats, "nm": masks}
         _, new = model.apply(
             variables,
@@ -153,11 +163,7 @@ def reestimate_batch_stats(
         )
         return new.get("batch_stats", batch_stats)
 
-    iterator = iter(data.train_batches(batch_size, seed=seed))
-    for number in range(batches):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        batch_stats = update(batch_stats, next(iterator)["image"], key)
-    return {**variables, "batch_stats": batch_stats}
+    return jax.jit(update)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, micro_batches: int = 1) -> None:

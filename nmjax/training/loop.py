@@ -26,7 +26,7 @@ from nmjax.training.resume import (
     checkpoint_items,
     of_every_host,
 )
-from nmjax.training.signals import StopSignals
+from nmjax.training.signals import StopRequested, StopSignals
 from nmjax.training.state import (
     Phase,
     TrainState,
@@ -222,16 +222,18 @@ class Loop:
             state.batch_stats,
             state.masks,
         )
-        test = run_evaluation(
-            step,
-            self._data,
-            self._config.batch_size,
-            self._mesh,
-            stop=lambda: self._signals.stop(0),
-        )
         self._clock.pause()
-        if test is not None:
-            self._progress.note(test_top1=test["top1"])
+        try:
+            test = run_evaluation(
+                step,
+                self._data,
+                self._config.batch_size,
+                self._mesh,
+                before_batch=self._signals.raise_if_stopped,
+            )
+        except StopRequested:
+            return None
+        self._progress.note(test_top1=test["top1"])
         return test
 
     def _write_row(self, test: Mapping[str, float]) -> None:
@@ -247,8 +249,9 @@ class Loop:
         self._metrics.write({**row, **test})
 
     def _lr(self) -> float:
-        """The learning rate of step `_step`, which is the one after `_step` - 1."""
-        return float(self._schedule(jnp.int32(max(0, self._step - 1))))
+        """The learning rate of the last step done."""
+        lr: Any = self._schedule(jnp.int32(max(0, self._step - 1)))
+        return float(lr)
 
     def _save(self, *, latest: bool, best: bool) -> None:
         self._collect()

@@ -68,7 +68,8 @@ class Interval:
 class MetricsWriter:
     """Writes rows to metrics.csv and to TensorBoard's event file.
 
-    Every row reaches the operating system before `write` returns.
+    A row of metrics.csv is with the operating system when `write` returns; events are
+    written in the background, at most ten seconds later.
 
     Attributes:
       file: Path of metrics.csv.
@@ -104,7 +105,7 @@ class MetricsWriter:
         self._csv = csv.DictWriter(self._file, names, lineterminator="\n")
         # TensorBoard hides what an earlier process wrote from the purged step on.
         self._events = SummaryWriter(
-            str(run_dir), purge_step=step + 1 if step else None
+            str(run_dir), purge_step=step + 1 if step else None, flush_secs=10
         )
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -117,7 +118,6 @@ class MetricsWriter:
             if name not in ("step", "epoch", "phase"):
                 tag = name.replace("train_", "train/").replace("test_", "test/")
                 self._events.add_scalar(tag, value, row["step"])
-        self._events.flush()
 
     def close(self) -> None:
         """Closes both files."""

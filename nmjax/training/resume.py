@@ -15,13 +15,11 @@ from nmjax.training.checkpoint import (
     CheckpointError,
     DamagedCheckpointError,
     list_steps,
-    plan_of,
     read_data_state,
     read_item,
     read_meta,
-    set_aside,
-    way_out,
 )
+from nmjax.training.restoring import plan_of, set_aside, way_out
 from nmjax.training.run_folder import refuse_other_plan
 from nmjax.training.state import TrainState
 
@@ -125,7 +123,7 @@ def _read(step_dir: Path, abstract, plans) -> Position:
             f"{jax.process_count()}; the data position is one for each host: continue "
             f"with {len(data)} hosts (any number of devices)"
         )
-    state = TrainState(step=np.int32(meta["step"]), **items)
+    state = TrainState(step=np.asarray(meta["step"], np.int32), **items)
     return Position(state, phase, data, meta["interval"])
 
 

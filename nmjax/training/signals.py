@@ -27,6 +27,10 @@ class TrainingInterrupted(SystemExit):  # noqa: N818 (it is no error)
         self.step, self.checkpoint = step, checkpoint
 
 
+class StopRequested(Exception):  # noqa: N818 (it is no error)
+    """A signal came during an evaluation, which need not be finished."""
+
+
 class StopSignals:
     """Notes SIGTERM and SIGINT while a `with` block runs; a second one ends it at once.
 
@@ -73,6 +77,11 @@ class StopSignals:
             file=sys.stderr,
         )
         return TrainingInterrupted(signum, step, checkpoint)
+
+    def raise_if_stopped(self) -> None:
+        """Ends what can be done again later, by `StopRequested`."""
+        if self.stop(0):
+            raise StopRequested
 
     def stop(self, step: int) -> bool:
         """Whether to stop after this step; the same answer on every host."""

@@ -39,7 +39,7 @@ def train(
     progress: bool = True,
     init_params: Mapping[str, Any] | None = None,
     init_batch_stats: Mapping[str, Any] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> TrainResult:
     """Trains a model, or continues to, until `config.epochs` are done.
 

@@ -40,7 +40,7 @@ class TrainState:
         makes it: used by the next step and by evaluation.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
@@ -253,7 +253,7 @@ def enter_phase(phase: Phase, state: TrainState) -> TrainState:
     else:
         nm = nmjax.init_state(state.params, phase.plan)
     masks = nmjax.prepare(state.params, phase.plan, nm)
-    return state.replace(nm=nm, masks=masks)
+    return dataclasses.replace(state, nm=nm, masks=masks)
 
 
 @functools.lru_cache(maxsize=16)

@@ -24,7 +24,7 @@ from nmjax.training.state import Phase, TrainState, make_optimizer
 Batch = Mapping[str, jax.Array]
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with one axis "data" over the devices; all of them by default."""
     devices = jax.devices() if devices is None else list(devices)
     return jax.make_mesh(
@@ -113,7 +113,7 @@ def train_step(
     step = state.step + 1
     nm = nmjax.refresh(state.nm, params, phase.plan, step)
     masks = nmjax.prepare(params, phase.plan, nm)
-    new = state.replace(
+    new = TrainState(
         step=step,
         params=params,
         batch_stats=batch_stats,
@@ -184,7 +184,8 @@ def eval_step(
       classes or more "top5", and "count".
     """
     variables = {"params": params, "batch_stats": batch_stats, "nm": masks}
-    logits = model.apply(variables, batch["image"], train=False).astype(jnp.float32)
+    logits: Any = model.apply(variables, batch["image"], train=False)
+    logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     valid = batch["valid"]
     return {

@@ -13,12 +13,11 @@ import nmjax
 from nmjax.training import CheckpointError, DamagedCheckpointError, load_plan, restore
 from nmjax.training.checkpoint import (
     CheckpointWriter,
-    find_step,
     list_steps,
     read_item,
     read_meta,
-    verify,
 )
+from nmjax.training.restoring import find_step, verify
 from tests.nmjax.training.fakes import config
 
 # When one array of several cannot be read, Orbax closes its event loop under the reads

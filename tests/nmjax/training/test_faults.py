@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from nmjax.training import CheckpointError, restore, train
-from nmjax.training.checkpoint import list_steps, verify
+from nmjax.training.checkpoint import list_steps
+from nmjax.training.restoring import verify
 from tests.nmjax.training.fakes import RULES, FakeData, Net, config
 
 ROOT = Path(__file__).parents[3]
