@@ -9,17 +9,13 @@ seventh round only, since they take most of the time. Prints a Markdown table an
 writes it to benchmarks/results/, named after the versions of Python and jax.
 """
 
-import datetime
 import functools
-import json
-import os
-import pathlib
-import platform
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from report import write
 
 from nmjax import NMPattern, magnitude_mask
 
@@ -28,7 +24,6 @@ ROUNDS = 21
 ROUNDS_PER_PEER_ROUND = 7
 PATTERNS = "2:4", "4:8", "1:8", "16:32"
 AXES = -2, -1
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 # An argument that is not donated is never aliased, so the copy reads 64 MB and writes
@@ -61,24 +56,6 @@ METHODS = {
     "top_k + one_hot": top_k_one_hot,
     "argsort(argsort)": argsort_argsort,
 }
-
-
-def machine():
-    """What the numbers depend on."""
-    cpu = platform.processor()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [s for s in cpuinfo.read_text().splitlines() if "model name" in s]
-        cpu = models[0].partition(":")[2].strip() if models else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-        "load average": [round(load, 1) for load in os.getloadavg()],
-    }
 
 
 def seconds(function, w):
@@ -126,26 +103,6 @@ def summarize(by_round, copies):
     }
 
 
-def markdown(environment, rows):
-    """The table, headed by the machine."""
-    lines = [
-        f"N:M masks of a {SIZE}x{SIZE} float32 matrix, groups along `axis`. "
-        "The ratio is to the copy of the same round.",
-        "",
-        ", ".join(f"{key} {value}" for key, value in environment.items()),
-        "",
-        "| pattern | axis | method | rounds | median ms | ratio | quartiles |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = row["quartiles"]
-        lines.append(
-            f"| {row['pattern']} | {row['axis']} | {row['method']} | {row['rounds']} "
-            f"| {row['median_ms']:.1f} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main():
     """Measures, prints and writes the results."""
     times = measure(jax.random.normal(jax.random.key(0), (SIZE, SIZE), jnp.float32))
@@ -154,15 +111,11 @@ def main():
         method, pattern, axis = (case, "", "") if case in BOUNDS else case
         head = {"pattern": pattern, "axis": axis, "method": method}
         rows.append(head | summarize(by_round, times["copy"]))
-    environment = machine()
-    table = markdown(environment, rows)
-    print(table)
-    python = ".".join(platform.python_version_tuple()[:2])
-    name = f"masks-python{python}-jax{jax.__version__}"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(table)
-    record = {"environment": environment, "rows": rows}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    title = (
+        f"N:M masks of a {SIZE}x{SIZE} float32 matrix, groups along `axis`. "
+        "The ratio is to the copy of the same round."
+    )
+    write("masks", title, rows)
 
 
 if __name__ == "__main__":
