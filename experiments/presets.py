@@ -241,7 +241,7 @@ _DIGITS = Options().replace(
     batch_size=64,
     lr=0.1,
     lr_warmup_epochs=1,
-    weight_decay=5e-4,
+    weight_decay=1e-4,
     print_freq=11,
 )
 

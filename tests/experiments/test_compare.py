@@ -142,6 +142,7 @@ def test_figures_from_metrics_with_empty_cells(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute or two, unless the machine is shared
 def test_the_whole_comparison(tmp_path, capsys):
     folder = tmp_path / "digits"
     assert imagenet.main(["--output-dir", str(folder)]) == 0
