@@ -95,15 +95,14 @@ def _judge(entry: PlanEntry, w, mask, masks) -> list[Problem]:
         return [Problem(path, "axis", detail)]
     if mask is None and (masks or needs_state):
         return [Problem(path, "missing", "the state has no mask for it")]
-    keeps_mask = needs_state and mask is not None
-    own = mask if keeps_mask else np.asarray(sparsity.choose_mask(w))
-    mask = own if mask is None else mask
+    mask = np.asarray(sparsity.choose_mask(w) if mask is None else mask)
     if mask.shape != entry.shape or mask.dtype != bool:
         detail = f"weight {entry.shape}, mask {mask.shape} of dtype {mask.dtype}"
         return [Problem(path, "shape", detail)]
     wrong = _wrong_groups(mask, sparsity)
     if wrong.any():
         return [_not_nm(entry, w, mask, wrong)]
+    own = mask if needs_state else np.asarray(sparsity.choose_mask(w))
     if (mask != own).any():
         at = tuple(int(i) for i in np.argwhere(mask != own)[0])
         return [
@@ -206,8 +205,8 @@ def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
             recipe = f"{sparsity.recipe.name} {sparsity.pattern}"
             density, verdict = _density(entry), "not judged"
             if w is None or hasattr(w, "__array__"):
-                arrays = (None if x is None else np.asarray(x) for x in (w, mask))
-                problems = _judge(entry, *arrays, masks)
+                w, mask = (None if x is None else np.asarray(x) for x in (w, mask))
+                problems = _judge(entry, w, mask, masks)
                 verdict = f"no: {problems[0].kind}" if problems else "yes"
         shape = "x".join(map(str, entry.shape))
         axes = ",".join(map(str, entry.axes)) or "-"
