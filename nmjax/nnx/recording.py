@@ -68,6 +68,8 @@ def find_weights(model: nnx.Module) -> dict[str, Weight]:
     weights = {}
     for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         path = "/".join(map(str, keys))
+        if not hasattr(param.get_value(), "shape"):  # a bare number, a tree of arrays
+            continue
         weight = make_weight(path, param, holders.get(id(param), ()))
         if is_weight(path, weight.ndim):
             weights[path] = weight

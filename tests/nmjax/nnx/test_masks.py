@@ -133,6 +133,16 @@ def test_set_state_refuses_what_is_not_of_the_model():
         nmjax.nnx.set_state(sparse, wrong)
 
 
+def test_set_state_gives_tied_layers_one_mask():
+    model = nmjax.sparsify(pair(), whatever_can_be(FROZEN))
+    model.b.kernel = model.a.kernel
+    plan = nmjax.plan(model, whatever_can_be(FROZEN))
+    state = nmjax.init_state(nmjax.nnx.params(model), plan)
+    nmjax.nnx.set_state(model, state)
+    assert model.b.nm_mask is model.a.nm_mask
+    np.testing.assert_array_equal(model.b.nm_mask[...], state["a"]["kernel"]["mask"])
+
+
 def test_a_mask_is_sharded_as_its_kernel():
     metadata = {"out_sharding": (None, "model")}
     mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -13,7 +13,7 @@ import nmjax
 from nmjax.paths import named_leaves
 from tests import oracle
 from tests.foreign import MODELS
-from tests.nmjax.nnx.common import NNX, SR_STE, build, drawn, whatever_can_be
+from tests.nmjax.nnx.common import NNX, SR_STE, build, drawn, values, whatever_can_be
 
 
 @pytest.mark.parametrize("name", NNX)
@@ -144,6 +144,8 @@ def test_parameters_without_a_layer():
         low=make(nnx.LoRALinear, 8, 8, lora_rank=4, a_initializer=drawn),
         embed=nnx.Embed(8, 4, embedding_init=drawn, rngs=nnx.Rngs(0)),
         loose=nnx.List([nnx.Param(jnp.ones((8, 8)))]),
+        number=nnx.Param(1.0),
+        tree=nnx.Param((jnp.ones((8, 8)),)),
     )
     plan = nmjax.plan(model, "2:4")
     assert plan["embed/embedding"].reason == "embedding: a table, not a GEMM"
@@ -182,6 +184,14 @@ def test_shards_that_cut_groups():
         nmjax.plan(layer, "2:4")
     with pytest.raises(nmjax.PlanError, match="cuts groups of 4"):
         sparse(jnp.ones((2, 8)))
+
+
+def test_a_ragged_axis():
+    layer, x = make(nnx.Linear, 10, 4), values(3, 10)
+    sparse = nmjax.sparsify(layer, [nmjax.Rule(".*", "2:4", ragged="dense-tail")])
+    w = layer.kernel[...]
+    mask = oracle.magnitude_mask(w, 2, 4, ragged="dense-tail")
+    np.testing.assert_allclose(sparse(x), x @ jnp.where(mask, w, 0), 1e-5, 1e-6)
 
 
 def test_abstract_models():
