@@ -149,7 +149,8 @@ def _run(command: Options | CompareOptions) -> int:
         else:
             _run_single(command)
     except training.TrainingDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error).replace("clip_norm", flag("clip_grad_norm"))
+        print(f"error: {message}", file=sys.stderr)
         return 1
     return 0
 

@@ -67,11 +67,12 @@ def plot_runs(methods: Mapping[str, Sequence[Path]], output: Path) -> None:
         method: [read_metrics(run / "metrics.csv") for run in runs]
         for method, runs in methods.items()
     }
+    colors = {method: f"C{index}" for index, method in enumerate(methods)}
     with plt.rc_context(_STYLE):
         figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9, 3.6))
-        _draw(loss, curves, "train_loss")
+        _draw(loss, curves, "train_loss", colors)
         loss.set(title="Training loss", ylabel="cross-entropy (nats)", yscale="log")
-        _draw(accuracy, curves, "test_top1", marker=".")
+        _draw(accuracy, curves, "test_top1", colors, marker=".")
         accuracy.set(title="Test accuracy", ylabel="top-1")
         # An early epoch near chance would squeeze the part that differs.
         lowest = _lowest(curves, "test_top1", skip=0.2)
@@ -86,7 +87,7 @@ def plot_runs(methods: Mapping[str, Sequence[Path]], output: Path) -> None:
         sparse = {method: runs for method, runs in sparse.items() if runs}
         if sparse:
             figure, axes = plt.subplots(figsize=(5.4, 3.6))
-            _draw(axes, sparse, "flip_rate")
+            _draw(axes, sparse, "flip_rate", colors)
             axes.set(title="Mask changes", ylabel="flip rate (mask bits per step)")
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -111,6 +112,9 @@ def plot_pairs(
         axes.set_xticks(range(len(methods)), [m.replace(", ", "\n") for m in methods])
         axes.set_xlim(-0.3, len(methods) - 0.7)
         axes.set(title="Paired runs", ylabel="test top-1 (%)")
+        # Room on both sides, lest one test image look like a cliff.
+        every = [value for values in methods.values() for value in values]
+        axes.set_ylim(min(every) - 0.5, max(every) + 0.5)
         axes.legend()
         _save(figure, path)
 
@@ -119,23 +123,24 @@ def _draw(
     axes: Axes,
     methods: Mapping[str, Sequence[Mapping[str, Curve]]],
     column: str,
+    colors: Mapping[str, str],
     marker: str = "",
 ) -> None:
     """Draws one column of all runs against the step."""
-    for index, (method, runs) in enumerate(methods.items()):
+    for method, runs in methods.items():
         for number, run in enumerate(runs):
             steps, values = run.get(column, ([], []))
             axes.plot(
                 steps,
                 values,
-                color=f"C{index}",
+                color=colors[method],
                 alpha=0.9 if len(runs) == 1 else 0.6,
                 linewidth=1.3,
                 marker=marker,
                 label=method if number == 0 else None,
             )
     axes.set_xlabel("optimizer step")
-    if len(methods) > 1:
+    if len(colors) > 1:
         axes.legend()
 
 

@@ -249,7 +249,7 @@ PRESETS = {
     "digits-resnet8-2to4": Preset(
         _DIGITS,
         "ResNet-8 (78 thousand parameters) on the bundled 8x8 handwritten digits. "
-        "Two CPU cores: about 10 s. Top-1 about 99.3 (measured by us).",
+        "Two CPU cores: under a minute. Top-1 about 99.3 (measured by us).",
     ),
     "digits-resnet8-dense": Preset(
         _DIGITS.replace(recipe="dense"),
