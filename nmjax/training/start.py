@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 import nmjax
 from nmjax.paths import named_leaves
-from nmjax.planning import Rules
+from nmjax.rules import Rules
 from nmjax.training import run_folder
 from nmjax.training.config import TrainConfig
 from nmjax.training.evaluation import check_batch_size

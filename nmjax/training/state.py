@@ -19,8 +19,9 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nmjax
-from nmjax.planning import Plan, Rule, Rules, as_rules
+from nmjax.planning import Plan
 from nmjax.recipes import Recipe, frozen
+from nmjax.rules import Rule, Rules, as_rules
 from nmjax.training.config import TrainConfig
 
 PhaseName = Literal["dense", "sparse", "frozen"]

@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -184,11 +183,10 @@ def test_no_damage_goes_unnoticed(run_dir):
 @ignore_other_reads
 @pytest.mark.parametrize("item", ["params", "masks"])
 def test_a_damaged_checkpoint_says_which_step_is_intact(run_dir, item):
-    files = (run_dir / "checkpoints/3" / item).rglob("*")
-    largest = max(filter(Path.is_file, files), key=lambda file: file.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    for file in (run_dir / "checkpoints/3" / item).rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     with pytest.raises(DamagedCheckpointError) as error:
         restore(run_dir)
     assert f"checkpoints/3/{item} is damaged" in str(error.value)

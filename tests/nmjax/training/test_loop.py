@@ -1,6 +1,7 @@
 import csv
 import json
 import logging
+import resource
 import shutil
 import signal
 
@@ -21,6 +22,7 @@ from nmjax.training import (
     train,
 )
 from nmjax.training.checkpoint import list_steps
+from nmjax.training.restoring import verify
 from tests.nmjax.training.fakes import RULES, FakeData, Net, config
 
 TIMING = "images_per_second"
@@ -210,6 +212,7 @@ def test_a_finished_run_is_evaluated_again_and_not_changed(uninterrupted, run_di
     assert rows_of(run_dir) == rows_of(uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_prolonged(run_dir):
     result = run(run_dir, settings=config(**PHASES, keep=9, epochs=5))
     assert int(result.state.step) == 20
@@ -401,21 +404,52 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
         run(tmp_path / "run")
 
 
+# When one array of several cannot be written, Orbax closes its event loop under the
+# writes of the others, which then have nobody to report to.
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning"
+)
+def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(uninterrupted, tmp_path):
+    """A limit on the size of a file makes writing fail as a full disk does."""
+    settings = config(**PHASES, keep=9, checkpoint_every=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files = (uninterrupted[0] / "checkpoints/4").rglob("*")
+    largest = max(file.stat().st_size for file in files if file.is_file())
+
+    def fill_disk(step):
+        if step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))
+
+    try:
+        with pytest.raises(CheckpointError) as error:
+            run(tmp_path, settings=settings, data=FakeData(at_step=fill_disk))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = str(error.value)
+    assert f"could not be written in {tmp_path}/checkpoints" in message
+    assert "File too large" in message
+    assert "Make room on the disk" in message
+    # Step 3 was being written when the disk was full.
+    last = list_steps(tmp_path / "checkpoints")[-1]
+    assert last in (2, 3)
+    assert f"the last complete one is step {last}" in message
+    verify(tmp_path / f"checkpoints/{last}")
+
+    result = run(tmp_path, settings=settings)
+    assert_same(result.state, uninterrupted[1].state)
+
+
 def test_init_params_are_where_training_begins(uninterrupted, tmp_path):
-    settings, images = config(**PHASES, keep=9), np.zeros((1, 4, 4, 4), np.float32)
-    given = Net().init(jax.random.key(0), images, train=False)["params"]
-    before = jax.device_get(given)
-    same = run(tmp_path / "same", settings=settings, init_params=given)
-    assert_same(same.state, uninterrupted[1].state)
-    assert_same(given, before)  # they were not donated
-    given = restore(uninterrupted[0])
-    other = run(
-        tmp_path / "other",
-        settings=settings,
-        init_params=given["params"],
-        init_batch_stats=given["batch_stats"],
+    trained = restore(uninterrupted[0])
+    given = jax.tree.map(jax.numpy.asarray, trained["params"])
+    result = run(
+        tmp_path,
+        settings=config(**PHASES, keep=9),
+        init_params=given,
+        init_batch_stats=trained["batch_stats"],
     )
-    assert other.test_loss < same.test_loss
+    assert result.test_loss < uninterrupted[1].test_loss
+    assert_same(given, trained["params"])  # they were not donated
 
 
 def test_batch_statistics_are_those_of_the_network_as_it_is(uninterrupted):
