@@ -23,9 +23,9 @@ from nmjax.pattern import NMPattern as NMPattern
 from nmjax.planning import Plan as Plan
 from nmjax.planning import PlanEntry as PlanEntry
 from nmjax.planning import PlanError as PlanError
-from nmjax.planning import Rule as Rule
 from nmjax.planning import plan_params as plan_params
 from nmjax.recipes import Recipe as Recipe
+from nmjax.rules import Rule as Rule
 from nmjax.state import bake as bake
 from nmjax.state import init_state as init_state
 from nmjax.state import prepare as prepare

@@ -10,122 +10,21 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from nmjax.masks import Ragged
 from nmjax.paths import named_leaves
-from nmjax.pattern import NMPattern
-from nmjax.recipes import Recipe, as_recipe
-
-Ragged = Literal["dense-tail", "pad"]
+from nmjax.recipes import Recipe
+from nmjax.rules import Rule, Rules, as_rules, layer_path
 
 
 class PlanError(ValueError):
     """Rules that do not fit the model: every offending path and the way out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Gives a recipe to the layers whose path matches; the first match wins.
-
-    Attributes:
-      path: Regular expression that must match the whole slash-joined path of a
-        layer, such as "encoder/layers_0/attn/query", without the final "/kernel"; for
-        a parameter of another name, the path of the parameter.
-      recipe: A recipe; a pattern such as "2:4", short for `recipes.sr_ste("2:4")`;
-        or None: the layer stays dense.
-      axis: The axis along which groups run, counted from the end. Only for
-        parameters outside Flax's layers; a layer's own geometry decides otherwise.
-      ineligible: What to do with a matching layer that cannot be sparse: "error", or
-        "dense": it stays dense and the plan gives the reason.
-      ragged: What to do where m does not divide the axis: None = ineligible,
-        "dense-tail" = the remainder is kept, "pad" = the remainder is a group of its
-        own, padded with scores that are never kept.
-    """
-
-    path: str
-    recipe: Recipe | None
-    axis: int | None
-    ineligible: Literal["error", "dense"]
-    ragged: Ragged | None
-
-    def __init__(
-        self,
-        path: str,
-        recipe: Recipe | str | NMPattern | None,
-        *,
-        axis: int | None = None,
-        ineligible: Literal["error", "dense"] = "error",
-        ragged: Ragged | None = None,
-    ):
-        """Parses the pattern and refuses what cannot be meant.
-
-        Raises:
-          ValueError: The expression, the recipe or an option is malformed.
-        """
-        try:
-            re.compile(path)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"Rule path {path!r} is not a regular expression: {error}"
-            ) from None
-        if axis is not None and (type(axis) is not int or axis >= 0):
-            raise ValueError(
-                f"Rule({path!r}): axis counts from the end, so it must be a negative "
-                f"integer such as -2, got {axis!r}"
-            )
-        if ineligible not in ("error", "dense"):
-            raise ValueError(
-                f'Rule({path!r}): ineligible must be "error" or "dense", '
-                f"got {ineligible!r}"
-            )
-        if ragged not in (None, "dense-tail", "pad"):
-            raise ValueError(
-                f'Rule({path!r}): ragged must be None, "dense-tail" or "pad", '
-                f"got {ragged!r}"
-            )
-        parsed = as_recipe(recipe)
-        for field, value in {
-            "path": path,
-            "recipe": parsed if parsed.sparse else None,
-            "axis": axis,
-            "ineligible": ineligible,
-            "ragged": ragged,
-        }.items():
-            object.__setattr__(self, field, value)
-
-    def matches(self, path: str) -> bool:
-        """Whether the rule speaks of the parameter at `path`."""
-        return re.fullmatch(self.path, layer_path(path)) is not None
-
-
-Rules = Sequence[Rule] | Recipe | NMPattern | str
-
-
-def as_rules(rules: Rules) -> tuple[Rule, ...]:
-    """Rules as users may write them; "2:4" makes sparse whatever can be.
-
-    Raises:
-      ValueError: An element is not a `Rule`.
-    """
-    if isinstance(rules, str | NMPattern | Recipe):
-        return (Rule(".*", rules, ineligible="dense"),)
-    rules = tuple(rules)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise ValueError(
-                f"expected nmjax.Rule, got {rule!r}; write nmjax.Rule('.*', '2:4')"
-            )
-    return rules
-
-
-def layer_path(path: str) -> str:
-    """The path that rules match: a parameter's without a final "/kernel"."""
-    return path.removesuffix("/kernel")
 
 
 @dataclasses.dataclass(frozen=True)

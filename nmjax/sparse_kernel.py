@@ -18,11 +18,11 @@ from flax.core import meta
 from jax import lax
 
 from nmjax import estimators
-from nmjax.masks import magnitude_mask
+from nmjax.masks import Ragged, magnitude_mask
 from nmjax.ops import nm_conv, nm_dot_general
 from nmjax.paths import map_named
 from nmjax.pattern import NMPattern
-from nmjax.planning import Plan, PlanEntry, Ragged
+from nmjax.planning import Plan, PlanEntry
 from nmjax.recipes import Recipe
 
 

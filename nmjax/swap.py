@@ -18,16 +18,9 @@ from jax.core import Tracer
 
 from nmjax.linen import hook_boxed_layers
 from nmjax.paths import named_leaves
-from nmjax.planning import (
-    Candidate,
-    Plan,
-    Rule,
-    Rules,
-    as_rules,
-    check_sharding,
-    make_plan,
-)
+from nmjax.planning import Candidate, Plan, check_sharding, make_plan
 from nmjax.recording import find_candidates
+from nmjax.rules import Rule, Rules, as_rules
 from nmjax.sparse_kernel import box_kernels, open_boxes
 from nmjax.state import init_state, state_masks
 

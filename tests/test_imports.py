@@ -20,6 +20,7 @@ LAYERS = [
     {"nmjax.estimators"},
     {"nmjax.recipes"},
     {"nmjax.ops"},
+    {"nmjax.rules"},
     {"nmjax.planning"},
     {"nmjax.sparse_kernel"},
     {"nmjax.recording"},

@@ -3,6 +3,6 @@
 A mask has the shape of the weight; `True` means kept.
 """
 
-from nmjax.masks.magnitude import magnitude_mask, nm_mask
+from nmjax.masks.magnitude import Ragged, magnitude_mask, nm_mask
 
-__all__ = ["magnitude_mask", "nm_mask"]
+__all__ = ["Ragged", "magnitude_mask", "nm_mask"]

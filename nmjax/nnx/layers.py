@@ -17,8 +17,9 @@ from flax import nnx
 
 from nmjax.nnx.recording import Weight, make_weight
 from nmjax.pattern import NMPattern
-from nmjax.planning import PlanEntry, PlanError, Rule, check_sharding, make_plan
+from nmjax.planning import PlanEntry, PlanError, check_sharding, make_plan
 from nmjax.recipes import Recipe, as_recipe
+from nmjax.rules import Rule
 from nmjax.sparse_kernel import (
     ConvGeneralDilated,
     DotGeneral,

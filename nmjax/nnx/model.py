@@ -11,7 +11,8 @@ from flax import nnx
 from nmjax.nnx.layers import keeps_mask, kept_mask, make_dense, make_sparse, store_mask
 from nmjax.nnx.recording import Weight, find_weights
 from nmjax.paths import nest
-from nmjax.planning import Plan, Rule, check_sharding, make_plan
+from nmjax.planning import Plan, check_sharding, make_plan
+from nmjax.rules import Rule
 from nmjax.state import NMState, init_state, state_leaves
 from nmjax.state import refresh as refresh_state
 

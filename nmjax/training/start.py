@@ -18,7 +18,7 @@ from nmjax.training import run_folder
 from nmjax.training.config import TrainConfig
 from nmjax.training.evaluation import check_batch_size
 from nmjax.training.loop import Loop, TrainResult
-from nmjax.training.resume import Position, find_position
+from nmjax.training.resume import Position, find_position, wait_for_hosts
 from nmjax.training.state import (
     init_variables,
     jit_new_train_state,
@@ -119,6 +119,7 @@ def _prepare(
             f"is done in {run_dir}, {position.state.step} steps"
         )
     run_folder.write_descriptions(run_dir, config, plans.get("sparse", phases[-1].plan))
+    wait_for_hosts()
     if position is None:
         state = jit_new_train_state(phases[0])(variables)
         position = Position(state, phases[0].name, data=(), interval={})

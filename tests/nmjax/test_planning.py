@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import nmjax
 from nmjax import NMPattern, Plan, PlanError, Rule, plan_params, recipes
-from nmjax.planning import as_rules, check_sharding
+from nmjax.planning import check_sharding
+from nmjax.rules import as_rules
 
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 
