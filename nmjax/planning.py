@@ -6,7 +6,9 @@ checkpoint, so that a trained network can be judged without the code of its mode
 """
 
 import dataclasses
+import functools
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +23,13 @@ from nmjax.masks import Ragged
 from nmjax.paths import named_leaves
 from nmjax.recipes import Recipe
 from nmjax.rules import Rule, Rules, as_rules, layer_path
+
+NO_RULE = "no rule matches"
+DENSE_BY_RULE = "dense by rule"
+NOT_USED = "not used by this call"
+EMBEDDING = "embedding: a table, not a GEMM"
+
+logger = logging.getLogger("nmjax")
 
 
 class PlanError(ValueError):
@@ -198,7 +207,7 @@ def plan_params(params: Any, rules: Rules) -> Plan:
             if -rule.axis > len(shape):
                 reason = f"axis {rule.axis} does not exist in shape {shape}"
         elif path.rsplit("/", 1)[-1] == "embedding":
-            reason = "embedding: a table, not a GEMM, unless Rule(axis=) says otherwise"
+            reason = f"{EMBEDDING}, unless Rule(axis=) says otherwise"
         elif len(shape) != 2 and not (len(shape) == 4 and path.endswith("kernel")):
             reason = f"rank {len(shape)} does not tell the contracted axis: Rule(axis=)"
         candidates.append(
@@ -233,9 +242,9 @@ def make_plan(candidates: Iterable[Candidate], rules: Sequence[Rule]) -> Plan:
         if recipe is None and rule is not None:
             recipe, ragged = rule.recipe, rule.ragged
         if recipe is None:
-            reason = "no rule matches" if rule is None else "dense by rule"
+            reason = NO_RULE if rule is None else DENSE_BY_RULE
         elif candidate.ignored:
-            recipe, reason = None, "not used by this call"
+            recipe, reason = None, NOT_USED
         else:
             reason = candidate.reason or _why_not(candidate, recipe, ragged)
         if recipe is not None and reason:
@@ -291,6 +300,14 @@ def _refuse_ineligible(refused):
         'Say ineligible="dense" in the rule that matches them, or ragged= where only '
         f"the size is at fault, or put before your rules\n{paste}"
     )
+
+
+@functools.lru_cache(maxsize=256)
+def log_dense_layers(plan: Plan) -> None:
+    """Says, once for each plan, which layers a rule would make sparse but cannot."""
+    for entry in plan:
+        if entry.reason not in ("", DENSE_BY_RULE, NO_RULE, NOT_USED):
+            logger.warning("%s stays dense: %s", entry.path, entry.reason)
 
 
 def check_sharding(path: str, array: Any, axis: int, recipe: Recipe | None) -> None:

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from nmjax.paths import map_named, named_leaves
-from nmjax.planning import Candidate, PlanError, is_weight
+from nmjax.planning import EMBEDDING, Candidate, PlanError, is_weight
 from nmjax.sparse_kernel import OPS
 
 OWN_PARAMETER = (
@@ -139,7 +139,7 @@ def _note_own_parameters(found, module):
         embedding = isinstance(module, nn.Embed)
         found[tag.static[1]] = {
             "layer": type(module).__name__,
-            "reason": "embedding: a table, not a GEMM" if embedding else OWN_PARAMETER,
+            "reason": EMBEDDING if embedding else OWN_PARAMETER,
             "axes": (),
             "ndim": tag.value.ndim,
         }

@@ -8,7 +8,6 @@ read one. An nnx model is cloned; see `nmjax.nnx`.
 
 import dataclasses
 import functools
-import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -18,7 +17,13 @@ from jax.core import Tracer
 
 from nmjax.linen import hook_boxed_layers
 from nmjax.paths import named_leaves
-from nmjax.planning import Candidate, Plan, check_sharding, make_plan
+from nmjax.planning import (
+    Candidate,
+    Plan,
+    check_sharding,
+    log_dense_layers,
+    make_plan,
+)
 from nmjax.recording import find_candidates
 from nmjax.rules import Rule, Rules, as_rules
 from nmjax.sparse_kernel import box_kernels, open_boxes
@@ -26,7 +31,6 @@ from nmjax.state import init_state, state_masks
 
 Model = TypeVar("Model")
 _Base = nn.Module if TYPE_CHECKING else object
-logger = logging.getLogger("nmjax")
 
 
 def plan(model: Any, rules: Rules, *args: Any, **kwargs: Any) -> Plan:
@@ -276,14 +280,5 @@ def _plan_of_call(model, dense, variables, args, kwargs) -> Plan:
 def _make_plan_of_call(model, dense, variables, args, kwargs) -> Plan:
     candidates = find_candidates(dense, variables, args, kwargs)
     plan = make_plan(candidates, model.nm_rules)
-    _log_dense_layers(plan, model.nm_rules)
+    log_dense_layers(plan)
     return plan
-
-
-@functools.lru_cache(maxsize=256)
-def _log_dense_layers(plan: Plan, rules: tuple[Rule, ...]) -> None:
-    """Says once which layers a rule would make sparse but cannot."""
-    silent = ("", "dense by rule", "no rule matches", "not used by this call")
-    for entry in plan:
-        if entry.reason not in silent:
-            logger.warning("%s stays dense: %s", entry.path, entry.reason)

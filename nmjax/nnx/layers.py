@@ -39,7 +39,7 @@ class NMMask(nnx.Variable):
     A transformation that names state by type must treat it as the kernel:
     `nnx.StateAxes({nnx.Param: 0, nmjax.nnx.NMMask: 0, ...: None})`. Who gives two of
     the layers below one kernel gives them one mask too: `b.nm_mask = a.nm_mask`.
-    (`nmjax.sparsify` does.)
+    (`nmjax.sparsify` does where it makes them sparse.)
     """
 
 

@@ -1,6 +1,5 @@
 """Whole nnx models: what rules make of them, their parameters and their masks."""
 
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from flax import nnx
 from nmjax.nnx.layers import keeps_mask, kept_mask, make_dense, make_sparse, store_mask
 from nmjax.nnx.recording import Weight, find_weights
 from nmjax.paths import nest
-from nmjax.planning import Plan, check_sharding, make_plan
+from nmjax.planning import Plan, check_sharding, log_dense_layers, make_plan
 from nmjax.rules import Rule
 from nmjax.state import NMState, init_state, state_leaves
 from nmjax.state import refresh as refresh_state
@@ -65,7 +64,7 @@ def sparsify(model: Model, rules: Sequence[Rule]) -> Model:
     model = nnx.clone(model, variables=False)
     weights = find_weights(model)
     made = _plan(weights, rules)
-    _log_dense_layers(made, tuple(rules))
+    log_dense_layers(made)
     changed = []
     for entry in made:
         layers = weights[entry.path].layers
@@ -173,14 +172,6 @@ def refresh(model: nnx.Module, plan: Plan, step: int | jax.Array) -> None:
       ValueError: As `nmjax.refresh`.
     """
     set_state(model, refresh_state(state(model), params(model), plan, step))
-
-
-@functools.lru_cache(maxsize=256)
-def _log_dense_layers(plan: Plan, rules: tuple[Rule, ...]) -> None:
-    """Says once which layers a rule would make sparse but cannot."""
-    for entry in plan:
-        if entry.reason not in ("", "dense by rule", "no rule matches"):
-            logger.warning("%s stays dense: %s", entry.path, entry.reason)
 
 
 def _keeping(model: nnx.Module) -> dict[str, Weight]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from nmjax.planning import Candidate, is_weight
+from nmjax.planning import EMBEDDING, Candidate, is_weight
 from nmjax.recording import OWN_PARAMETER, einsum_axes
 
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose, nnx.Einsum)
@@ -97,7 +97,7 @@ def make_weight(
         candidate = dataclasses.replace(
             candidate,
             layer=type(others[0]).__name__ if others else candidate.layer,
-            reason="embedding: a table, not a GEMM" if embedding else OWN_PARAMETER,
+            reason=EMBEDDING if embedding else OWN_PARAMETER,
         )
         return Weight(param, (), candidate)
     uses = [_contracted_axes(layer) for layer in layers]
