@@ -18,7 +18,7 @@ import optax
 from report import write
 
 import nmjax
-from nmjax.models import resnet
+from nmjax import models
 
 ROUNDS = 21
 
@@ -36,7 +36,7 @@ class Mlp(nn.Module):
 CASES = {
     "MLP 1024-4096-1024, batch 256": (Mlp(), (256, 1024), [nmjax.Rule(".*", "2:4")]),
     "ResNet-18, 32x32 images, batch 16": (
-        resnet.create("resnet18", num_classes=10, stem="small"),
+        models.create("resnet18", num_classes=10, stem="small"),
         (16, 32, 32, 3),
         [nmjax.Rule("stem|head", None), nmjax.Rule(".*", "2:4")],
     ),
