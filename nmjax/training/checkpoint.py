@@ -102,7 +102,10 @@ class CheckpointWriter:
         meta["crc32"] = _json_crc32(meta)
         args = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(**args, **more, meta=ocp.args.JsonSave(meta))
-        self._wait(manager)
+        if jax.process_count() > 1:
+            self.wait()  # hosts may enter Orbax's barriers of one save at a time
+        else:
+            self._wait(manager)
         try:
             manager.save(meta["step"], args=args, force=True)
         except Exception as error:  # Orbax raises whatever the file system gave
@@ -119,6 +122,10 @@ def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(keep),
         cleanup_tmp_directories=True,  # of processes that died while writing
+        # Hosts wait for each other by name; two managers write at the same time.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix=folder.name
+        ),
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 

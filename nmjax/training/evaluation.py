@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import nmjax
 from nmjax.planning import Plan
 from nmjax.rules import Rule, Rules, layer_path
-from nmjax.training.steps import data_mesh, jit_eval_step, put_batch, replicated
+from nmjax.training.steps import data_mesh, jit_eval_step, put_batch, replicate
 
 
 def evaluate(
@@ -48,13 +48,9 @@ def evaluate(
     check_batch_size(batch_size, mesh)
     model, plan = _apply_rules(model, rules, data)
     params, nm = variables["params"], variables.get("nm") or {}
-    params, batch_stats, masks = jax.device_put(
-        (
-            params,
-            variables.get("batch_stats") or {},
-            nmjax.prepare(params, plan, nm),
-        ),
-        replicated(mesh),
+    batch_stats = variables.get("batch_stats") or {}
+    params, batch_stats, masks = replicate(
+        (params, batch_stats, nmjax.prepare(params, plan, nm)), mesh
     )
     step = jit_eval_step(model, mesh)
     step = functools.partial(step, params, batch_stats, masks)

@@ -105,8 +105,9 @@ class Loop:
         self._steps_per_epoch = self._phase.steps_per_epoch
         self._total = config.epochs * self._steps_per_epoch
         self._schedule = make_schedule(config, self._steps_per_epoch)
-        self._state = jax.device_put(position.state, replicated(self._mesh))
-        self._key = jax.device_put(jax.random.key(config.seed), replicated(self._mesh))
+        self._state = position.state
+        make_key = jax.jit(jax.random.key, out_shardings=replicated(self._mesh))
+        self._key = make_key(config.seed)
         self._step = int(position.state.step)
 
         hosts = {"num_hosts": jax.process_count(), "host": jax.process_index()}
@@ -126,8 +127,11 @@ class Loop:
         self._signals = StopSignals(every=config.log_every)
         self._checkpoints = CheckpointWriter(run_dir, keep=config.keep)
         names = columns(data.num_classes, sparse=bool(sparse))
-        self._metrics = MetricsWriter(run_dir, names, step=self._step)
-        self._progress = Progress(total=self._total, step=self._step, shown=progress)
+        primary = jax.process_index() == 0
+        self._metrics = MetricsWriter(run_dir, names, step=self._step, primary=primary)
+        self._progress = Progress(
+            total=self._total, step=self._step, shown=progress and primary
+        )
 
     def run(self) -> TrainResult:
         """Does what is left of the run."""

@@ -76,25 +76,31 @@ class MetricsWriter:
       last_step: Step of the last row, or 0.
     """
 
-    def __init__(self, run_dir: Path, names: Sequence[str], *, step: int):
+    def __init__(
+        self, run_dir: Path, names: Sequence[str], *, step: int, primary: bool = True
+    ):
         """Opens the files, without the rows later than `step`.
 
         Args:
           run_dir: The run folder.
           names: The columns.
           step: The step from which the run continues; 0 starts anew.
+          primary: Whether this is the host that writes; others only read.
 
         Raises:
           ValueError: metrics.csv has other columns.
         """
-        from tensorboardX import SummaryWriter
-
         self.file = run_dir / "metrics.csv"
         rows = _read_rows(self.file, names) if step else []
         # A process that was killed may have left half a line, or rows of steps that
         # are about to run again.
         rows = [row for row in rows if int(row["step"]) <= step]
         self.last_step = int(rows[-1]["step"]) if rows else 0
+        self._names, self._primary = tuple(names), primary
+        if not primary:
+            return
+        from tensorboardX import SummaryWriter
+
         new = self.file.with_suffix(".csv.new")
         with new.open("w", newline="") as file:
             csv_writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -110,10 +116,12 @@ class MetricsWriter:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; what is None, or names no column, is left out."""
-        row = {n: row[n] for n in self._csv.fieldnames if row.get(n) is not None}
+        row = {n: row[n] for n in self._names if row.get(n) is not None}
+        self.last_step = row["step"]
+        if not self._primary:
+            return
         self._csv.writerow(row)
         self._file.flush()
-        self.last_step = row["step"]
         for name, value in row.items():
             if name not in ("step", "epoch", "phase"):
                 tag = name.replace("train_", "train/").replace("test_", "test/")
@@ -121,8 +129,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes both files."""
-        self._file.close()
-        self._events.close()
+        if self._primary:
+            self._file.close()
+            self._events.close()
 
 
 def _read_rows(file: Path, names: Sequence[str]) -> list[dict[str, str]]:

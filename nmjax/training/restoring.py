@@ -1,10 +1,13 @@
 """Finding, verifying and restoring checkpoints; the folders of one run."""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from nmjax.planning import Plan
 from nmjax.training.checkpoint import (
@@ -17,6 +20,8 @@ from nmjax.training.checkpoint import (
     read_meta,
 )
 from nmjax.training.config import TrainConfig
+
+logger = logging.getLogger("nmjax")
 
 
 def find_step(path: str | Path, step: int | None = None) -> Path:
@@ -131,17 +136,16 @@ def load_plan(path: str | Path) -> Plan:
     return plan_of(read_meta(find_step(path)))
 
 
-def set_aside(run_dir: Path, kind: str, step: int) -> Path:
-    """Moves a checkpoint that must not be continued out of the way.
+def set_aside(run_dir: Path, kind: str, step: int) -> None:
+    """Moves a checkpoint that must not be continued below `RUN/set_aside`.
 
     Args:
       run_dir: The run folder.
       kind: "checkpoints" or "best".
       step: The step.
-
-    Returns:
-      Its new place, below `RUN/set_aside`.
     """
+    if jax.process_index() != 0:
+        return
     folder = run_dir / "set_aside"
     folder.mkdir(exist_ok=True)
     number, place = 0, folder / f"{kind}-{step}"
@@ -149,4 +153,4 @@ def set_aside(run_dir: Path, kind: str, step: int) -> Path:
         number += 1
         place = folder / f"{kind}-{step}.{number}"
     shutil.move(run_dir / kind / str(step), place)
-    return place
+    logger.warning("%s moved to %s", run_dir / kind / str(step), place)

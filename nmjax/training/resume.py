@@ -92,9 +92,9 @@ def find_position(
                 raise DamagedCheckpointError(message) from error
             logger.warning("%s; trying the one before", error)
             continue
+        wait_for_hosts()  # all have read what is moved now
         for later in [other for other in steps if other > step]:
-            place = set_aside(run_dir, "checkpoints", later)
-            logger.warning("checkpoint %d moved to %s", later, place)
+            set_aside(run_dir, "checkpoints", later)
         logger.info("continuing from %s", folder / str(step))
         return position
     raise CheckpointError(
@@ -133,9 +133,18 @@ def best_so_far(run_dir: Path) -> float:
         try:
             return read_meta(run_dir / "best" / str(step))["test"]["top1"]
         except DamagedCheckpointError as error:
-            place = set_aside(run_dir, "best", step)
-            logger.warning("%s; moved to %s", error, place)
+            logger.warning("%s", error)
+            wait_for_hosts()
+            set_aside(run_dir, "best", step)
     return -1.0
+
+
+def wait_for_hosts() -> None:
+    """Returns when every host has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("nmjax.training")
 
 
 def of_every_host(value: Any) -> list[Any]:

@@ -32,7 +32,7 @@ def probe(run_dir: Path, needed: int) -> None:
     Raises:
       ValueError: It cannot be made or written to, or lacks room for one checkpoint.
     """
-    file = run_dir / f".probe-{os.getpid()}"
+    file = run_dir / f".probe-{jax.process_index()}-{os.getpid()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as stream:
@@ -113,7 +113,9 @@ def _say(entry: Any) -> str:
 
 
 def write_descriptions(run_dir: Path, config: TrainConfig, plan: Plan) -> None:
-    """Writes config.json, plan.json and versions.json."""
+    """Writes config.json, plan.json and versions.json, from the first host."""
+    if jax.process_index() != 0:
+        return
     _write(run_dir / "config.json", json.dumps(config.to_dict(), indent=1))
     _write(run_dir / "plan.json", plan.to_json())
     _write(run_dir / "versions.json", json.dumps(versions(), indent=1))

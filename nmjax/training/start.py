@@ -1,5 +1,6 @@
 """`train`: everything that can be wrong is refused here, then the loop begins."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from nmjax.training.state import (
     make_phases,
     new_train_state,
 )
-from nmjax.training.steps import data_mesh
+from nmjax.training.steps import data_mesh, replicate
 
 
 def train(
@@ -123,6 +124,9 @@ def _prepare(
     if position is None:
         state = jit_new_train_state(phases[0])(variables)
         position = Position(state, phases[0].name, data=(), interval={})
+    else:
+        state = replicate(position.state, mesh)
+        position = dataclasses.replace(position, state=state)
     return Loop(config, data, phases, run_dir, position, progress=progress)
 
 
