@@ -314,15 +314,15 @@ def test_too_small_a_disk_is_seen_before_any_work(original, tmp_path, monkeypatc
 
 
 def test_a_disk_that_fills_up_leaves_nothing(fashion, tmp_path):
-    # The kernel refuses to let any file of the child grow over 20 kB. The child sets the
-    # limit itself: a function run between fork and exec makes jax warn.
+    # The kernel refuses to let any file of the child grow over 20 kB. The child sets
+    # the limit itself: a function run between fork and exec makes jax warn.
     limited = (
-        "import resource, runpy\n"
+        "import os, resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "runpy.run_module('experiments.prepare', run_name='__main__')"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", limited, "fashion_mnist"]
+        [sys.executable, "-c", limited, "-m", "experiments.prepare", "fashion_mnist"]
         + ["--source", str(fashion), "--data-path", str(tmp_path / "out")],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
