@@ -14,7 +14,7 @@ import numpy as np
 from nmjax.paths import named_leaves
 from nmjax.planning import Plan, PlanEntry
 from nmjax.sparse_kernel import Sparsity
-from nmjax.state import NMState, state_leaves
+from nmjax.state import NMState, state_leaves, state_paths
 
 Kind = Literal["missing", "shape", "axis", "pattern", "weights", "stranger"]
 
@@ -71,7 +71,7 @@ def check(params: Any, plan: Plan, state: NMState | None = None) -> None:
     masks = {p: np.asarray(m) for p, m in state_leaves(state or {}, "mask").items()}
     problems = [
         Problem(path, "stranger", "has a mask, but the plan does not make it sparse")
-        for path in sorted(set(masks) - {entry.path for entry in plan.sparse})
+        for path in sorted(state_paths(state or {}) - {e.path for e in plan.sparse})
     ]
     for entry in plan.sparse:
         problems += _judge(entry, weights.get(entry.path), masks.get(entry.path), masks)

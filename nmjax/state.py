@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.paths import join, map_named, named_leaves, nest
-from nmjax.planning import Plan, check_sharding
+from nmjax.planning import NOT_USED, Plan, check_sharding
 from nmjax.sparse_kernel import Sparsity
 
 NMState = dict[str, Any]
@@ -159,14 +159,15 @@ def state_masks(state: NMState, plan: Plan) -> dict[str, jax.Array]:
     """The masks of a state by path.
 
     Raises:
-      ValueError: The state holds a mask for a parameter that is not sparse here, or
-        one that is not bool.
+      ValueError: The state has an entry for a parameter that is not sparse here, or a
+        mask that is not bool.
     """
     masks = state_leaves(state, "mask")
-    strangers = sorted(set(masks) - {entry.path for entry in plan.sparse})
+    known = {entry.path for entry in plan if entry.sparse or entry.reason == NOT_USED}
+    strangers = sorted(state_paths(state) - known)
     if strangers:
         raise ValueError(
-            f"the state holds masks for {strangers}, which this plan does not make "
+            f"the state has entries for {strangers}, which this plan does not make "
             f"sparse (it does {[entry.path for entry in plan.sparse]}); make it anew "
             "with nmjax.init_state(params, plan)"
         )
@@ -174,6 +175,12 @@ def state_masks(state: NMState, plan: Plan) -> dict[str, jax.Array]:
         if mask.dtype != jnp.bool_:
             raise ValueError(f"{path}: the state's mask is {mask.dtype}, not bool")
     return masks
+
+
+def state_paths(state: NMState) -> set[str]:
+    """Paths of the parameters that a state has entries for."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {join(path[:-1]) for path, _ in leaves}
 
 
 def state_leaves(state: NMState, name: str) -> dict[str, jax.Array]:

@@ -156,6 +156,12 @@ def test_a_mask_that_the_plan_does_not_know(params, plan, masks):
     assert found == {"head/kernel": "stranger", "body/kernel": "stranger"}
 
 
+def test_masks_of_another_form_are_not_passed_over(params, plan, masks):
+    masks = {name: {"kernel": tree["kernel"]["mask"]} for name, tree in masks.items()}
+    found, _ = problems(params, plan, masks)
+    assert found == {"conv": "stranger", "dense": "stranger"}
+
+
 @pytest.mark.parametrize(
     "change", [lambda m: m.T, lambda m: m[:4], lambda m: m.astype(np.float32)]
 )

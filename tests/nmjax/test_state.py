@@ -319,6 +319,28 @@ def test_prepared_masks_give_the_same_bits(rng, recipe):
     assert (changed[1] != prepared[1]).any()
 
 
+class Coder(nn.Module):
+    def setup(self):
+        self.encoder, self.decoder = nn.Dense(8), nn.Dense(8)
+
+    def __call__(self, x):
+        return self.decoder(nn.relu(self.encoder(x)))
+
+    def encode(self, x):
+        return self.encoder(x)
+
+
+def test_a_method_that_uses_a_part_takes_the_whole_state(rng):
+    x, rules = weight(rng, 2, 8), [Rule(".*", recipes.frozen("2:4"))]
+    model = nmjax.sparsify(Coder(), rules)
+    params = model.init(jax.random.key(0), x)["params"]
+    state = nmjax.init_state(params, nmjax.plan(model, rules, x))
+    y = model.apply({"params": params, "nm": state}, x, method="encode")
+    kernel = params["encoder"]["kernel"]
+    expected = np.asarray(x) @ oracle.masked(kernel, mask_of(kernel))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
 # Errors
 
 
@@ -375,6 +397,8 @@ def test_a_state_of_another_model_is_refused(params):
             ValueError, match=r"\['head/kernel'\].*does not make sparse"
         ):
             function({**state, "head": {"kernel": {"mask": jnp.ones((4, 3), bool)}}})
+        with pytest.raises(ValueError, match=r"entries for \['block1/conv1'\]"):
+            function({**state, "block1": {"conv1": {"kernel": mask}}})
         with pytest.raises(ValueError, match=r"frozen/kernel.*\(4, 8\).*\(8, 4\)"):
             function(with_mask(state, mask.T))
         with pytest.raises(ValueError, match="frozen/kernel.*float32, not bool"):
