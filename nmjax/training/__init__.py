@@ -5,49 +5,37 @@
     config = TrainConfig(epochs=15, batch_size=128, lr=0.1, weight_decay=1e-4)
     result = train(model, rules, data, config, "runs/digits")
 
-`train(model, rules, data, config, run_dir, *, resume=True, progress=True,
-init_params=None, init_batch_stats=None, devices=None) -> TrainResult`
-    Trains a plain linen model `(images, train: bool) -> logits`. `rules` as for
-    `nmjax.sparsify`; `[]` is dense. `resume`: True continues from the latest
-    intact checkpoint if there is one, a step number from exactly that one, False
-    refuses a folder that holds checkpoints. Data parallel over `devices` (all of
-    them by default). `TrainResult` has `state` (TrainState), `plan`, `test_top1`,
-    `test_top5` (None with fewer than six classes), `test_loss`, `step_seconds`
-    (median; None when no step ran), `metrics_file`, `checkpoint` (path of the
-    last one), `best` (path of the best one).
+The model is any linen module `(images, train: bool) -> logits` whose variables are
+"params" and "batch_stats"; rules are those of `nmjax.sparsify`, `[]` is dense.
 
-    SIGTERM and SIGINT write a checkpoint and raise `TrainingInterrupted`, a
-    SystemExit of code 143 or 130: an uncaught one ends the process with that
-    code. A NaN or infinite loss raises `TrainingDiverged`. A damaged or foreign
-    checkpoint raises `CheckpointError`, a ValueError.
+The data set is any object with `name`, `num_classes`, `image_shape` (height, width,
+channels), `num_train`, `num_test` and
 
-`evaluate(model, rules, variables, data, batch_size, *, devices=None) -> dict`
-    `rules` or a `Plan`; `variables` is `{"params", "batch_stats", "nm"}`, the
-    last two optional (what `restore` returns will do). Returns `loss`, `top1`,
-    `count` and, with six classes or more, `top5`; top-1 and top-5 are shares in
-    [0, 1].
+    train_batches(batch_size, *, seed, num_hosts=1, host=0)
+        An iterator without end of {"image": float32 (B, H, W, C), "label": int32
+        (B,)}, NumPy, with `get_state()`, JSON-able, and `set_state(state)`.
+    test_batches(batch_size, *, num_hosts=1, host=0)
+        An iterable of the same with "valid": float32 (B,), 0 where the last batch is
+        padded. All hosts see the same number of batches.
 
-`reestimate_batch_stats(model, rules, variables, data, batch_size, *, batches,
-seed=0) -> dict`
-    The same variables with batch statistics of the network as it is now: needed
-    after pruning a trained network.
+`batch_size` is that of one host. A run folder holds
 
-`restore(path, step=None) -> dict`
-    `params`, `batch_stats`, `nm`, `masks` (plain nested dicts of NumPy arrays),
-    `plan` (Plan), `step`, `config` (TrainConfig), `phase` ("dense", "sparse" or
-    "frozen"), `test` (dict or None). `path` is a run folder (its latest
-    checkpoint), `RUN/best`, `RUN/checkpoints` or `RUN/checkpoints/STEP`.
+    config.json, versions.json, plan.json     what was asked, on what, sparse where
+    metrics.csv, events.*                     one row for each interval and epoch
+    checkpoints/STEP, best/STEP               see nmjax.training.checkpoint
+    set_aside/                                damaged or abandoned checkpoints, if any
 
-`load_plan(path) -> Plan`
-    The plan in the same places, without reading an array.
+metrics.csv has the columns step, epoch, phase, lr, train_loss, train_top1, train_top5,
+flip_rate, sad, images_per_second, test_loss, test_top1, test_top5. The train columns,
+and `flip_rate` (share of mask bits that one step changes), are means over the steps
+since the last row, `sad` is the number of mask bits changed in them. Test columns are
+empty except at the end of an epoch. With fewer than six classes there are no top-5
+columns, in a dense run no mask columns. Accuracies are shares in [0, 1].
 
-`metrics.csv` has one row every `log_every` steps and one at the end of each
-epoch: `step, epoch, phase, lr, train_loss, train_top1, train_top5, flip_rate,
-sad, density, images_per_second, test_loss, test_top1, test_top5`. The train
-columns and `flip_rate` (share of mask bits that one step changes) are means over
-the steps since the last row, `sad` is the number of mask bits changed in them;
-test columns are empty except at the end of an epoch; the top-5 columns are absent
-with fewer than six classes, the mask columns when no weight is sparse.
+The same seed on the same devices gives the same run, and a resumed run equals an
+uninterrupted one bit for bit, rows of metrics.csv included. SIGTERM and SIGINT write a
+checkpoint and raise `TrainingInterrupted`, a SystemExit of code 143 or 130; a process
+killed outright loses the steps since the last checkpoint.
 """
 
 try:

@@ -38,7 +38,8 @@ class TrainState:
       opt_state: Of the optimizer; its structure is the same in all phases.
       nm: The state of the recipes, as `nmjax.init_state` makes it.
       masks: The mask of every sparse weight at these parameters, as `nmjax.prepare`
-        makes it: used by the next step and by evaluation.
+        makes it: used by the next step and by evaluation. One byte for each sparse
+        weight.
     """
 
     step: Any

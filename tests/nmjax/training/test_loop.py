@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import experiments.data
 import nmjax
 from nmjax.training import (
     CheckpointError,
@@ -472,3 +473,36 @@ def test_batch_statistics_are_those_of_the_network_as_it_is(uninterrupted):
     activations = image @ kernel + found["params"]["stem"]["bias"]
     np.testing.assert_allclose(stats["mean"], activations.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(stats["var"], activations.var((0, 1, 2)), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_resume_continues_grain_at_the_next_batch(tmp_path):
+    """The data set of the demo in place of the fake one."""
+    digits = experiments.data.load("digits")
+
+    class Crashing:
+        def __init__(self, batches):
+            self.batches, self.step = batches, 0
+            self.get_state, self.set_state = batches.get_state, batches.set_state
+
+        def __next__(self):
+            self.step += 1
+            if self.step == 15:
+                raise Crash
+            return next(self.batches)
+
+    class Data:
+        def __getattr__(self, name):
+            return getattr(digits, name)
+
+        def train_batches(self, batch_size, **options):
+            return Crashing(digits.train_batches(batch_size, **options))
+
+    settings = config(epochs=2, batch_size=128, checkpoint_every=4)
+    whole = run(tmp_path / "whole", settings=settings, data=digits)
+    with pytest.raises(Crash):
+        run(tmp_path / "part", settings=settings, data=Data())
+    assert list_steps(tmp_path / "part/checkpoints")[-1] == 12
+    resumed = run(tmp_path / "part", settings=settings, data=digits)
+    assert_same(resumed.state, whole.state)
+    assert rows_of(tmp_path / "part") == rows_of(tmp_path / "whole")
