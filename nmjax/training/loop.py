@@ -25,6 +25,7 @@ from nmjax.training.resume import (
     best_so_far,
     checkpoint_items,
     of_every_host,
+    rank,
 )
 from nmjax.training.signals import StopRequested, StopSignals
 from nmjax.training.state import (
@@ -122,7 +123,7 @@ class Loop:
         self._pending: Mapping[str, jax.Array] | None = None
         self._test: dict[str, float] | None = None
         self._saved_step = self._step if position.data else None
-        self._best_top1 = best_so_far(run_dir)
+        self._best = best_so_far(run_dir)
         self._clock = _Clock()
         self._signals = StopSignals(every=config.log_every)
         self._checkpoints = CheckpointWriter(run_dir, keep=config.keep)
@@ -210,7 +211,7 @@ class Loop:
             self._test = self._evaluate()
         if self._test is not None:
             self._write_row({f"test_{name}": x for name, x in self._test.items()})
-            better = self._test["top1"] > self._best_top1
+            better = rank(self._phase.name, self._test["top1"]) > self._best
         stop = self._signals.stop(self._step)
         if due or better or stop:
             self._save(latest=due or stop, best=better)
@@ -276,9 +277,9 @@ class Loop:
         if latest and self._saved_step != self._step:
             self._checkpoints.save(items, data, meta)
             self._saved_step = self._step
-        if best:
+        if best and self._test:
             self._checkpoints.save_best(items, meta)
-            self._best_top1 = self._test["top1"] if self._test else self._best_top1
+            self._best = rank(self._phase.name, self._test["top1"])
         self._clock.pause()
 
     def _last_checkpoint(self) -> Path | None:

@@ -127,16 +127,22 @@ def _read(step_dir: Path, abstract, plans) -> Position:
     return Position(state, phase, data, meta["interval"])
 
 
-def best_so_far(run_dir: Path) -> float:
-    """Test top-1 of the checkpoint in `best/`; -1 where there is none."""
+def best_so_far(run_dir: Path) -> tuple[bool, float]:
+    """The `rank` of the checkpoint in `best/`; the least where there is none."""
     for step in reversed(list_steps(run_dir / "best")):
         try:
-            return read_meta(run_dir / "best" / str(step))["test"]["top1"]
+            meta = read_meta(run_dir / "best" / str(step))
+            return rank(meta["phase"], meta["test"]["top1"])
         except DamagedCheckpointError as error:
             logger.warning("%s", error)
             wait_for_hosts()
             set_aside(run_dir, "best", step)
-    return -1.0
+    return rank("dense", -1.0)
+
+
+def rank(phase: str, top1: float) -> tuple[bool, float]:
+    """How good a checkpoint is: where a run turns sparse, its best is sparse."""
+    return phase != "dense", top1
 
 
 def wait_for_hosts() -> None:

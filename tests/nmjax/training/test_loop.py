@@ -127,6 +127,7 @@ def test_each_phase_is_restored_with_its_masks(uninterrupted):
         assert_same(masks, found["masks"])
         if recipes:
             nmjax.check(found["params"], found["plan"], found["masks"])
+    assert restore(run_dir / "best")["phase"] != "dense"  # however good it was
 
 
 def test_evaluate_agrees_with_the_run(uninterrupted):
