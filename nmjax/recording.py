@@ -40,13 +40,20 @@ def find_candidates(
       that the call did not come by are marked.
 
     Raises:
-      PlanError: A layer's kernel is contracted along different axes at two uses.
+      PlanError: A layer's kernel is contracted along different axes at two uses, or
+        the model wraps a layer in `nn.WeightNorm` or `nn.SpectralNorm`.
     """
     found: dict[str, dict[str, Any]] = {}
     token = object()  # in every box: a cached inner jit would not call the interceptor
 
     def note(next_function, call_args, call_kwargs, context):
         layer = context.module
+        if isinstance(layer, (nn.WeightNorm, nn.SpectralNorm)):
+            raise PlanError(
+                f"{'/'.join(layer.path)}: {type(layer).__name__} rewrites the parameters "
+                "of the layer inside it, which nmjax.sparsify cannot follow; mask them "
+                "with nmjax.plan_params and nmjax.sparsify_params"
+            )
         if context.method_name == "__call__" and layer.scope is not None:
             _note_layer(found, layer, call_args, call_kwargs)
         result = next_function(*call_args, **call_kwargs)

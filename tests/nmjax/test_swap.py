@@ -259,6 +259,16 @@ def test_a_hook_of_the_users_own_is_an_error_with_the_path():
         nmjax.plan(Custom(), [nmjax.Rule(".*", "2:4")], jnp.ones((2, 8)))
 
 
+def test_wrappers_that_rewrite_parameters_are_refused_by_name():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.WeightNorm(nn.Dense(8), name="normed")(x)
+
+    with pytest.raises(nmjax.PlanError, match="normed: WeightNorm.*sparsify_params"):
+        nmjax.plan(Normed(), "2:4", jnp.ones((2, 8)))
+
+
 def test_a_missing_state_raises():
     variables, x = mlp_case()
     rules = [nmjax.Rule("head", None), nmjax.Rule(".*", nmjax.recipes.one_shot("2:4"))]
