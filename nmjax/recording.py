@@ -50,9 +50,9 @@ def find_candidates(
         layer = context.module
         if isinstance(layer, (nn.WeightNorm, nn.SpectralNorm)):
             raise PlanError(
-                f"{'/'.join(layer.path)}: {type(layer).__name__} rewrites the weights of "
-                "the layer inside it, which nmjax.sparsify cannot follow; mask them with "
-                "nmjax.plan_params and nmjax.sparsify_params"
+                f"{'/'.join(layer.path)}: {type(layer).__name__} rewrites the weights "
+                "of the layer inside it, which nmjax.sparsify cannot follow; mask them "
+                "with nmjax.plan_params and nmjax.sparsify_params"
             )
         if context.method_name == "__call__" and layer.scope is not None:
             _note_layer(found, layer, call_args, call_kwargs)
