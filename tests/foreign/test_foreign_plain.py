@@ -16,6 +16,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 # The same blocks as linen_transformer, lifted in other ways.
 SLOW = {
+    "linen_resnet50",
+    "linen_transformer_scan",
     "linen_transformer_remat",
     "linen_transformer_jit",
     "linen_transformer_scan_remat",
@@ -160,6 +162,7 @@ def test_drawn_values_repeat(name):
         assert leaf.size == 1 or np.std(leaf) > 0, path
 
 
+@pytest.mark.slow
 def test_the_liftings_of_the_transformer_compute_the_same():
     def logits(name, params):
         entry = MODELS[name]

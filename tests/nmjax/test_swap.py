@@ -18,10 +18,8 @@ from tests.foreign import MODELS
 
 LINEN = [name for name, model in MODELS.items() if model.api == "linen"]
 QUICK = {
-    "linen_resnet",
     "linen_transformer_jit",
     "linen_transformer_scan_remat",
-    "linen_transformer_scan_axis_1",
     "linen_vae",
     "linen_mobilenet",
     "linen_image_decoder",
@@ -185,7 +183,9 @@ def test_other_entry_points_are_sparse_too(name):
 # Promise 1: the same parameters
 
 
-@pytest.mark.parametrize("name", ["linen_einsum", "linen_partitioned"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("linen_einsum", marks=pytest.mark.slow), "linen_partitioned"]
+)
 def test_init_is_the_dense_models_bit_for_bit(name):
     case = MODELS[name]
     sparse = nmjax.sparsify(case.make(), "2:4")

@@ -32,7 +32,7 @@ each_recipe = pytest.mark.parametrize(
     "recipe", [SR_STE, FROZEN], ids=lambda recipe: recipe.name
 )
 each_model = pytest.mark.parametrize("name", NNX)
-SLOW = {"nnx_transformer", "nnx_autoencoder"}
+SLOW = {"nnx_transformer", "nnx_transformer_scan", "nnx_autoencoder"}
 
 
 @pytest.mark.parametrize(
