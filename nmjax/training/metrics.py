@@ -6,8 +6,11 @@ the checkpoint, so that a resumed run writes the rows of an uninterrupted one;
 `images_per_second` alone depends on the machine.
 """
 
+import contextlib
 import csv
+import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +71,8 @@ class Interval:
 class MetricsWriter:
     """Writes rows to metrics.csv and to TensorBoard's event file.
 
-    A row of metrics.csv is with the operating system when `write` returns; events are
-    written in the background, at most ten seconds later.
+    A row of metrics.csv is with the operating system when `write` returns, its events
+    ten seconds later at most.
 
     Attributes:
       file: Path of metrics.csv.
@@ -99,8 +102,6 @@ class MetricsWriter:
         self._names, self._primary = tuple(names), primary
         if not primary:
             return
-        from tensorboardX import SummaryWriter
-
         new = self.file.with_suffix(".csv.new")
         with new.open("w", newline="") as file:
             csv_writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -109,29 +110,85 @@ class MetricsWriter:
         os.replace(new, self.file)
         self._file = self.file.open("a", newline="")
         self._csv = csv.DictWriter(self._file, names, lineterminator="\n")
-        # TensorBoard hides what an earlier process wrote from the purged step on.
-        self._events = SummaryWriter(
-            str(run_dir), purge_step=step + 1 if step else None, flush_secs=10
-        )
+        self._events = _EventFile(run_dir, step=step)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Writes one row; what is None, or names no column, is left out."""
+        """Writes one row; what is None, or names no column, is left out.
+
+        Raises:
+          OSError: The row cannot be written, for example on a full disk.
+        """
         row = {n: row[n] for n in self._names if row.get(n) is not None}
         self.last_step = row["step"]
         if not self._primary:
             return
-        self._csv.writerow(row)
-        self._file.flush()
-        for name, value in row.items():
-            if name not in ("step", "epoch", "phase"):
-                tag = name.replace("train_", "train/").replace("test_", "test/")
-                self._events.add_scalar(tag, value, row["step"])
+        values = {n: x for n, x in row.items() if n not in ("step", "epoch", "phase")}
+        try:
+            self._csv.writerow(row)
+            self._file.flush()
+            self._events.write(row["step"], values)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"a row of metrics could not be written ({error.strerror}); make room "
+                "on the disk and run the same command again: it continues from the "
+                "last checkpoint",
+                str(self.file),
+            ) from error
 
     def close(self) -> None:
         """Closes both files."""
         if self._primary:
-            self._file.close()
-            self._events.close()
+            # What a full disk did not take was reported by `write`.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._events.close()
+
+
+class _EventFile:
+    """TensorBoard's event file, written in the caller's thread.
+
+    tensorboardX's SummaryWriter has a thread of its own; when it dies of a full disk,
+    the next caller waits for it without end.
+    """
+
+    def __init__(self, run_dir: Path, *, step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        # Two files of one second must not have the same name.
+        suffix = f".{os.getpid()}-{step}"
+        self._writer = EventsWriter(str(run_dir / "events"), suffix)
+        self._flushed = -math.inf
+        if step:
+            # TensorBoard hides what earlier files hold from this step on.
+            start = SessionLog(status=SessionLog.SessionStatus.START)
+            self._write(step + 1, session_log=start)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one scalar for each value."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        tags = (n.replace("train_", "train/").replace("test_", "test/") for n in values)
+        scalars = [
+            Summary.Value(tag=tag, simple_value=value)
+            for tag, value in zip(tags, values.values(), strict=True)
+        ]
+        self._write(step, summary=Summary(value=scalars))
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        now = time.time()
+        self._writer.write_event(Event(step=step, wall_time=now, **content))
+        if now - self._flushed > 10:
+            self._writer.flush()
+            self._flushed = now
+
+    def close(self) -> None:
+        """Writes what is left and closes the file."""
+        self._writer.close()
 
 
 def _read_rows(file: Path, names: Sequence[str]) -> list[dict[str, str]]:

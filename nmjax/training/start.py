@@ -69,6 +69,7 @@ def train(
     Raises:
       CheckpointError: The folder holds another run, or no checkpoint that is intact;
         or a checkpoint cannot be written.
+      OSError: A row of metrics cannot be written.
       PlanError: The rules do not fit the model.
       TrainingDiverged: A loss, or a number in the state, is NaN or infinite.
       TrainingInterrupted: SIGTERM or SIGINT came; a checkpoint was written.

@@ -454,30 +454,37 @@ def test_a_sharding_that_cuts_groups_is_refused():
         nmjax.prepare(params, plan)
 
 
-def test_data_parallel_shard_map_sums_wgrad_over_the_data_axis():
+@pytest.mark.parametrize("recipe", [nmjax.recipes.ste, nmjax.recipes.frozen])
+def test_data_parallel_shard_map_sums_wgrad_over_the_data_axis(recipe):
     variables, x = mlp_case()
-    sparse = nmjax.sparsify(
-        Mlp(), [RULES[0], nmjax.Rule(".*", nmjax.recipes.ste("2:4"))]
-    )
+    rules = [RULES[0], nmjax.Rule(".*", recipe("2:4"))]
+    sparse, params = nmjax.sparsify(Mlp(), rules), variables["params"]
+    other = jax.tree.map(lambda w: jnp.roll(w, 1), params)
+    state = nmjax.init_state(other, nmjax.plan(Mlp(), rules, x))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    params = variables["params"]
+
+    def local_gradient(params, state, x):
+        def loss(params):
+            outputs = sparse.apply({"params": params, "nm": state}, x)
+            return jnp.mean(outputs**2)
+
+        return jax.grad(loss)(params)
 
     @jax.jit
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("data")),
         out_specs=PartitionSpec(),
     )
-    def gradient(params, x):
-        local = jax.grad(lambda p: loss(sparse, p, x))(params)
+    def gradient(params, state, x):
+        local = local_gradient(params, state, x)
         return jax.tree.map(lambda g: g / 4, local)  # summed by the transpose
 
-    expected = jax.jit(jax.grad(functools.partial(loss, sparse)))(params, x)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        gradient(params, x),
-        expected,
+        gradient(params, state, x),
+        jax.jit(local_gradient)(params, state, x),
     )
 
 

@@ -1,6 +1,10 @@
 import csv
+import resource
+import struct
 
+import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from nmjax.training.metrics import Interval, MetricsWriter, columns
 
@@ -73,6 +77,42 @@ def test_a_run_from_the_start_begins_a_new_file(tmp_path):
     write(tmp_path, step=0, steps=(3, 6))
     writer = write(tmp_path, step=0, steps=(3,))
     assert [row["step"] for row in rows_of(writer.file)] == ["3"]
+
+
+def test_tensorboard_reads_the_same_values(tmp_path):
+    """By the format of its records: length, checksum, event, checksum."""
+    write(tmp_path, step=0, steps=(3, 6))
+    write(tmp_path, step=3, steps=(6,))
+    first, second = sorted(map(events_of, tmp_path.glob("events.*")), key=len)[::-1]
+    assert first[0].file_version == second[0].file_version == "brain.Event:2"
+    for event, step in zip(first[1:], (3, 6), strict=True):
+        (value,) = event.summary.value
+        assert (event.step, value.tag) == (step, "train/loss")
+        assert value.simple_value == np.float32(step / 3)
+    # The second session starts after step 3: what the first wrote from there is void.
+    assert (second[1].step, second[1].session_log.status) == (4, 1)
+    assert second[2].step == 6
+
+
+def events_of(file):
+    content, events = file.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[12 + length + 4 :]
+    return events
+
+
+def test_a_full_disk_is_an_error_and_no_endless_wait(tmp_path):
+    writer = MetricsWriter(tmp_path, NAMES, step=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (writer.file.stat().st_size, hard))
+    try:
+        with pytest.raises(OSError, match="a row of metrics could not be written"):
+            writer.write({"step": 1, "train_loss": 1.0})
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_other_columns_are_refused(tmp_path):
