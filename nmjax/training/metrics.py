@@ -155,33 +155,31 @@ class _EventFile:
 
     def __init__(self, run_dir: Path, *, step: int):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.proto import event_pb2, summary_pb2
 
+        self._event: Any = event_pb2  # classes made at run time, unknown to pyright
+        self._summary: Any = summary_pb2
         # Two files of one second must not have the same name.
         suffix = f".{os.getpid()}-{step}"
         self._writer = EventsWriter(str(run_dir / "events"), suffix)
         self._flushed = -math.inf
         if step:
             # TensorBoard hides what earlier files hold from this step on.
-            start = SessionLog(status=SessionLog.SessionStatus.START)
-            self._write(step + 1, session_log=start)
+            log = self._event.SessionLog
+            self._write(step + 1, session_log=log(status=log.SessionStatus.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one scalar for each value."""
-        from tensorboardX.proto.summary_pb2 import Summary
-
         tags = (n.replace("train_", "train/").replace("test_", "test/") for n in values)
         scalars = [
-            Summary.Value(tag=tag, simple_value=value)
+            self._summary.Summary.Value(tag=tag, simple_value=value)
             for tag, value in zip(tags, values.values(), strict=True)
         ]
-        self._write(step, summary=Summary(value=scalars))
+        self._write(step, summary=self._summary.Summary(value=scalars))
 
     def _write(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
         now = time.time()
-        self._writer.write_event(Event(step=step, wall_time=now, **content))
+        self._writer.write_event(self._event.Event(step=step, wall_time=now, **content))
         if now - self._flushed > 10:
             self._writer.flush()
             self._flushed = now

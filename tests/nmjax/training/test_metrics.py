@@ -83,7 +83,7 @@ def test_tensorboard_reads_the_same_values(tmp_path):
     """By the format of its records: length, checksum, event, checksum."""
     write(tmp_path, step=0, steps=(3, 6))
     write(tmp_path, step=3, steps=(6,))
-    first, second = sorted(map(events_of, tmp_path.glob("events.*")), key=len)[::-1]
+    first, second = map(events_of, sorted(tmp_path.glob("events.*")))
     assert first[0].file_version == second[0].file_version == "brain.Event:2"
     for event, step in zip(first[1:], (3, 6), strict=True):
         (value,) = event.summary.value
