@@ -73,6 +73,7 @@ class CheckpointWriter:
           CheckpointError: This or the previous checkpoint cannot be written.
         """
         meta = {**meta, "data_crc32": _json_crc32(data)}
+        data = json.loads(json.dumps(data))
         self._save(self._latest, items, meta, {"data": ocp.args.JsonSave(data)})
 
     def save_best(self, items: Mapping[str, Any], meta: Mapping[str, Any]):
@@ -100,6 +101,8 @@ class CheckpointWriter:
         arrays = {name: describe(tree) for name, tree in trees.items()}
         meta = {"format": FORMAT, **meta, "arrays": arrays}
         meta["crc32"] = _json_crc32(meta)
+        # Written in the background: what the caller changes meanwhile is not meant.
+        meta = json.loads(json.dumps(meta))
         args = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(**args, **more, meta=ocp.args.JsonSave(meta))
         if jax.process_count() > 1:

@@ -13,6 +13,7 @@ from nmjax.training import CheckpointError, DamagedCheckpointError, load_plan, r
 from nmjax.training.checkpoint import (
     CheckpointWriter,
     list_steps,
+    read_data_state,
     read_item,
     read_meta,
 )
@@ -107,6 +108,22 @@ def test_a_folder_without_checkpoints_is_named(tmp_path):
         restore(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         restore(tmp_path / "missing")
+
+
+def test_what_the_caller_changes_after_save_is_not_saved(tmp_path):
+    """Arrays and JSON are written while training goes on."""
+    writer = CheckpointWriter(tmp_path, keep=1)
+    items = {"params": {"kernel": np.ones((256, 256))}}
+    data, meta = [{"next": 7}], meta_of(1)
+    meta["interval"] = {"loss": 1.0}
+    writer.save(items, data, meta)
+    items["params"]["kernel"][:] = 2
+    data[0]["next"] = meta["interval"]["loss"] = 2.0
+    writer.close()
+    step_dir = tmp_path / "checkpoints/1"
+    assert verify(step_dir)["interval"] == {"loss": 1.0}
+    assert read_data_state(step_dir, read_meta(step_dir)) == [{"next": 7}]
+    assert (restore(tmp_path)["params"]["kernel"] == 1).all()
 
 
 def test_the_plan_is_read_without_arrays(run_dir):
