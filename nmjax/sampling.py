@@ -20,6 +20,7 @@ u, u + 1, …, u + n − 1. No interval is longer than 1, so exactly n are kept.
 
 import functools
 import operator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -98,61 +99,71 @@ def _mvue(
     n, m = pattern.n, pattern.m
     if n == m:
         return x, jnp.ones_like(x, jnp.bool_)
-    before, after = x.shape[:axis], x.shape[axis + 1 :]
-    groups = x.reshape(*before, -1, m, *after).astype(u.dtype)
+    groups = x.reshape(*x.shape[:axis], -1, m, *x.shape[axis + 1 :]).astype(u.dtype)
     axis += 1  # of the positions in a group
-    a = jnp.abs(groups)
-    zero = jnp.zeros((), u.dtype)
+    # An array for each position, so that XLA fuses all that follows into one loop.
+    values = [lax.index_in_dim(groups, i, axis, keepdims=False) for i in range(m)]
+    a = [jnp.abs(value) for value in values]
+    zero, one = jnp.zeros((), u.dtype), jnp.ones((), u.dtype)
 
     # p = min(1, t a): at most n - 1 values reach 1 before the others share the rest.
-    certain = jnp.zeros_like(a, jnp.bool_)
+    certain = [jnp.zeros_like(u, jnp.bool_)] * m
     for _ in range(n - 1):
-        rest, left = _rest(a, certain, n, axis)
-        certain |= (left * a >= rest) & (a > zero)
-    rest, left = _rest(a, certain, n, axis)
-    one = jnp.ones((), u.dtype)
-    p = jnp.where(certain, one, left * a / rest)
-    p = jnp.where(p > zero, p, zero)  # where 0 / 0 and NaN end
-    enlarged = jnp.where(certain, a, rest / jnp.maximum(left, one))  # a / p
+        rest, left = _rest(a, certain, n)
+        certain = [
+            sure | ((left * a_i >= rest) & (a_i > zero))
+            for sure, a_i in zip(certain, a, strict=True)
+        ]
+    rest, left = _rest(a, certain, n)
+    shared = rest / jnp.maximum(left, one)  # a_i / p_i of the others
 
-    mask = _systematic(p, u, n, axis)
-    # A zero that fills the mask stays zero.
-    some = mask & ((p > zero) | ~jnp.isfinite(enlarged))
-    values = jnp.where(some, jnp.where(groups < zero, -enlarged, enlarged), zero)
-    return values.astype(x.dtype).reshape(x.shape), mask.reshape(x.shape)
+    kept, sampled = [], []
+    p = [
+        jnp.where(sure, one, left * a_i / rest)
+        for sure, a_i in zip(certain, a, strict=True)
+    ]
+    p = [jnp.where(p_i > zero, p_i, zero) for p_i in p]  # where 0 / 0 and NaN end
+    for i, keep in enumerate(_systematic(p, u, n)):
+        enlarged = jnp.where(certain[i], a[i], shared)
+        # A zero that fills the mask stays zero.
+        some = keep & ((p[i] > zero) | ~jnp.isfinite(enlarged))
+        signed = jnp.where(values[i] < zero, -enlarged, enlarged)
+        sampled.append(jnp.where(some, signed, zero))
+        kept.append(keep)
+    result = jnp.stack(sampled, axis).astype(x.dtype)
+    return result.reshape(x.shape), jnp.stack(kept, axis).reshape(x.shape)
 
 
-def _rest(a, certain, n, axis):
+def _rest(a, certain, n):
     """The sum of the values that are not certain, and how many of them to keep."""
-    rest = jnp.sum(jnp.where(certain, jnp.zeros_like(a), a), axis, keepdims=True)
-    count = jnp.sum(certain, axis, keepdims=True, dtype=jnp.int32)
-    return rest, (n - count).astype(a.dtype)
+    pairs = list(zip(a, certain, strict=True))
+    rest = sum(jnp.where(sure, jnp.zeros_like(a_i), a_i) for a_i, sure in pairs)
+    count = sum(sure.astype(jnp.int32) for _, sure in pairs)
+    return rest, (n - count).astype(a[0].dtype)
 
 
-def _systematic(p: jax.Array, u: jax.Array, n: int, axis: int) -> jax.Array:
-    """The intervals of lengths `p` that contain one of u, u + 1, …, u + n − 1.
+def _systematic(p: list[jax.Array], u: jax.Array, n: int) -> Iterator[jax.Array]:
+    """Which of the intervals of lengths `p` contain one of u, u + 1, …, u + n − 1.
 
     The end of an interval is whole + part, with part in [0, 1), and whole + (u < part)
     of the numbers lie before it. That count starts at 0, ends at n whatever the
     rounding, and grows by at most 1: `u` is a multiple of the spacing of floats in
     [1, 2), to which part + p rounds.
     """
-    m, eps = p.shape[axis], float(jnp.finfo(p.dtype).eps)
+    eps = float(jnp.finfo(u.dtype).eps)
     u = jnp.clip(jnp.floor(u / eps) * eps, 0, 1 - eps)
-    whole = jnp.zeros_like(u, jnp.int32)
-    part, count = jnp.zeros_like(u), whole
-    kept = []
-    for i in range(m):
-        part += lax.index_in_dim(p, i, axis, keepdims=False)
+    whole, part = jnp.zeros_like(u, jnp.int32), jnp.zeros_like(u)
+    count = whole
+    for i, p_i in enumerate(p):
+        part += p_i
         over = part >= 1
         whole += over.astype(jnp.int32)
         part = jnp.where(over, part - 1, part)
-        # The positions left can hold one number each; none lies beyond n.
-        least = n - (m - 1 - i)
+        # The positions left can hold one number each, and none lies beyond n.
+        least = n - (len(p) - 1 - i)
         outside = (whole < least) | (whole >= n)
         whole = jnp.clip(whole, least, n)
         part = jnp.where(outside, jnp.zeros_like(part), part)
         now = whole + (u < part).astype(jnp.int32)
-        kept.append(now > count)
+        yield now > count
         count = now
-    return jnp.stack(kept, axis)
