@@ -68,6 +68,25 @@ def retained_magnitude(
     return _shares(sums)
 
 
+def of_masks(
+    params: Any, plan: Plan, state: NMState
+) -> dict[str, dict[str, jax.Array]]:
+    """All that can be said of the masks of one moment: what a training loop logs.
+
+    Args:
+      params: Parameter tree.
+      plan: The plan.
+      state: From `prepare`: a mask for every masked parameter.
+
+    Returns:
+      `density` and `retained_magnitude` by name.
+    """
+    return {
+        "density": density(state),
+        "retained_magnitude": retained_magnitude(params, plan, state),
+    }
+
+
 def _changes(old: NMState, new: NMState) -> dict[str, jax.Array]:
     before, after = state_leaves(old, "mask"), state_leaves(new, "mask")
     if before.keys() != after.keys():

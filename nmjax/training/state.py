@@ -193,7 +193,7 @@ def make_optimizer(phase: Phase) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(optax.chain(*parts))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _jitted_init(model: nn.Module, image_shape: tuple[int, ...], mesh: Mesh):
     """Compiled once for runs that differ in the seed alone."""
 
@@ -258,7 +258,7 @@ def enter_phase(phase: Phase, state: TrainState) -> TrainState:
     return dataclasses.replace(state, nm=nm, masks=masks)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def jit_new_train_state(phase: Phase) -> Callable[..., TrainState]:
     """`variables -> state`, replicated over the devices."""
     return jax.jit(
@@ -267,7 +267,7 @@ def jit_new_train_state(phase: Phase) -> Callable[..., TrainState]:
     )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def jit_enter_phase(phase: Phase) -> Callable[..., TrainState]:
     """`state -> state`; the old one is donated."""
     return jax.jit(
