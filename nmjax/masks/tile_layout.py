@@ -1,0 +1,53 @@
+"""Matrices as m x m tiles, with the place in the tile first.
+
+`(..., R, C)` becomes `(m, m, ..., R/m, C/m)`: one array operation then acts on the same
+place of all tiles, and neither leading nor sharded axes are merged.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from nmjax.pattern import NMPattern
+
+
+def check_tiles(x: jax.Array, pattern: NMPattern) -> jax.Array:
+    """Returns `x`, or raises unless m x m tiles fill the last two axes on each device."""
+    if x.ndim < 2:
+        raise ValueError(
+            f"scores of shape {x.shape}: tiles of {pattern.m}x{pattern.m} need two axes"
+        )
+    spec, mesh = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.mesh
+    for axis in (-2, -1):
+        size = x.shape[axis]
+        if size % pattern.m:
+            raise ValueError(
+                f"axis {axis} of shape {x.shape} has size {size}, not a multiple of "
+                f"m = {pattern.m} (pattern {pattern}), and tiles take both of the last "
+                "two axes: choose another pattern, or leave this array dense"
+            )
+        # Explicit mesh axes only: of the others the type of an array does not know.
+        names = spec[axis] or ()
+        names = (names,) if isinstance(names, str) else names
+        shard = size // math.prod(mesh.shape[name] for name in names)
+        if shard % pattern.m:
+            raise ValueError(
+                f"axis {axis} of shape {x.shape} is sharded into parts of {shard}, not a "
+                f"multiple of m = {pattern.m} (pattern {pattern}), and tiles never "
+                "straddle devices: shard another axis, or jax.reshard this array first"
+            )
+    return x
+
+
+def to_tiles(x: jax.Array, m: int) -> jax.Array:
+    """`(..., R, C)` -> `(m, m, ..., R/m, C/m)`."""
+    *lead, rows, columns = x.shape
+    tiles = x.reshape(*lead, rows // m, m, columns // m, m)
+    return jnp.moveaxis(tiles, (-3, -1), (0, 1))
+
+
+def from_tiles(tiles: jax.Array) -> jax.Array:
+    """The inverse of `to_tiles`."""
+    m, _, *lead, rows, columns = tiles.shape
+    return jnp.moveaxis(tiles, (0, 1), (-3, -1)).reshape(*lead, rows * m, columns * m)
