@@ -169,7 +169,10 @@ def _convert(arm: Arm, run: Options, unit, data: datasets.Data) -> Record:
     state = nmjax.init_state(saved["params"], plan)
     masks = nmjax.prepare(saved["params"], plan, state)
     nmjax.check(saved["params"], plan, masks)
-    variables = {**{name: saved[name] for name in ("params", "batch_stats")}, "nm": state}
+    variables = {
+        **{name: saved[name] for name in ("params", "batch_stats")},
+        "nm": state,
+    }
     batch = run.optim.batch_size
     if arm.method.reestimate:
         # The running averages forget by 0.9 a batch: after 100, nothing is left of

@@ -54,7 +54,9 @@ METHODS: dict[str, Method] = {
         "one-shot, as it is", "one_shot", start=DENSE, trains=False
     ),
     "asp": Method("one-shot, trained as long again (ASP)", "one_shot", start=DENSE),
-    "dense_longer": Method("dense, trained as long again", "dense", (), (), start=DENSE),
+    "dense_longer": Method(
+        "dense, trained as long again", "dense", (), (), start=DENSE
+    ),
 }
 
 # Differences that a comparison reports besides those to dense.
@@ -178,7 +180,7 @@ def arms(options: CompareOptions) -> list[Arm]:
     for name in names:
         if name not in METHODS:
             raise ValueError(
-                f"--recipes: no method {name!r}; there are {', '.join(METHODS)}, and all"
+                f"--recipes: no method {name!r}; there are {', '.join(METHODS)}, or all"
             )
         own = METHODS[name].patterns
         chosen = [p for p in patterns if own is None or p in own] if own != () else [""]

@@ -70,10 +70,10 @@ class ModelOptions:
 class SparsityOptions:
     """What is N:M sparse, and how."""
 
-    # Function of nmjax.recipes. sr_ste: magnitude mask at every step and the decay below
-    # (arXiv:2102.04010); ste: without the decay; one_shot: the mask is chosen once and
-    # dropped weights get no gradient; frozen: the mask is chosen once and dropped
-    # weights get one.
+    # Function of nmjax.recipes. sr_ste: magnitude mask at every step and the decay
+    # below (arXiv:2102.04010); ste: without the decay; one_shot: the mask is chosen
+    # once and dropped weights get no gradient; frozen: the mask is chosen once and
+    # dropped weights get one.
     recipe: Recipe = "sr_ste"
 
     # N:M: n weights kept of every m consecutive ones along the contracted axis.

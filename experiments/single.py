@@ -16,7 +16,13 @@ import nmjax
 from experiments import data as datasets
 from experiments import resampling
 from experiments.plots import plot_run
-from experiments.presets import Options, SparsityOptions, flag, read_options, write_options
+from experiments.presets import (
+    Options,
+    SparsityOptions,
+    flag,
+    read_options,
+    write_options,
+)
 from nmjax import models, training
 
 # Fields of TrainConfig by the options that they come from.

@@ -167,7 +167,7 @@ def verdict(found: Comparison, num_test: int) -> str:
     text += """ Flip rate: share of mask bits that one step changes, mean over the run.
         Step time is the median ratio to dense on this machine, where masked weights go
         through dense GEMMs: no speed-up is to be expected."""
-    return textwrap.fill(" ".join(text.split()), 88)
+    return textwrap.fill(" ".join(text.split()), 88, break_on_hyphens=False)
 
 
 def report(found: Comparison, num_test: int) -> str:

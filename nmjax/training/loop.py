@@ -181,7 +181,9 @@ class Loop:
         return self._step > 0 and self._step % self._steps_per_epoch == 0
 
     def _at_phase_end(self) -> bool:
-        done, after = (phase_of_step(self._phases, s) for s in (self._step - 1, self._step))
+        done, after = (
+            phase_of_step(self._phases, s) for s in (self._step - 1, self._step)
+        )
         return done is not after
 
     def _do_step(self) -> None:
@@ -238,7 +240,9 @@ class Loop:
         if self._test is not None:
             test = {f"test_{name}": x for name, x in self._test.items()}
             # After a signal, the last step of the epoch was another process's.
-            step = self._last or _Step(self._phase, self._mask_sizes, {}, self._measure())
+            step = self._last or _Step(
+                self._phase, self._mask_sizes, {}, self._measure()
+            )
             self._write_row(step, test)
             better = rank(self._phase.name, self._test["top1"]) > self._best
         stop = self._signals.stop(self._step)

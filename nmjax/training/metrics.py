@@ -44,9 +44,9 @@ class Interval:
     """Sums over the steps since the last row, in float64.
 
     Attributes:
-      sums: Name to sum; "steps" counts the steps. Sums for the rows of layers.csv, which
-        come more rarely, have names that begin with "layers/". JSON-able: saved and
-        restored with a checkpoint.
+      sums: Name to sum; "steps" counts the steps. Sums for the rows of layers.csv,
+        which come more rarely, have names that begin with "layers/". JSON-able: saved
+        and restored with a checkpoint.
     """
 
     def __init__(self, sums: Mapping[str, float] | None = None):
@@ -151,7 +151,9 @@ class MetricsWriter:
         if self._events is None:
             return
         values = self._rows.kept(row)
-        events = {n: x for n, x in values.items() if n not in ("step", "epoch", "phase")}
+        events = {
+            n: x for n, x in values.items() if n not in ("step", "epoch", "phase")
+        }
         try:
             self._rows.write([values])
             if self._layers is not None and layers:

@@ -64,7 +64,9 @@ def test_folds_out_of_range(digits, fold, of):
         resampling.fold(digits, fold, of)
 
 
-@pytest.mark.parametrize(("size", "validate"), [(0, False), (1438, False), (1437, True)])
+@pytest.mark.parametrize(
+    ("size", "validate"), [(0, False), (1438, False), (1437, True)]
+)
 def test_subset_out_of_range(digits, size, validate):
     with pytest.raises(DataError, match=f"{size} training images of digits"):
         resampling.subset(digits, size, validate=validate)
