@@ -13,7 +13,8 @@ import numpy as np
 
 from nmjax.paths import named_leaves
 from nmjax.planning import Plan, PlanEntry
-from nmjax.sparse_kernel import Sparsity
+from nmjax.recipe import Recipe
+from nmjax.sparsity import MASKS, Sparsity
 from nmjax.state import NMState, state_leaves, state_paths
 
 Kind = Literal["missing", "shape", "axis", "pattern", "weights", "stranger"]
@@ -59,22 +60,24 @@ def check(params: Any, plan: Plan, state: NMState | None = None) -> None:
       plan: The plan.
       state: Masks that the op used: from `prepare`, or the "masks" of a checkpoint.
         Where a recipe keeps no mask and `state` has none, the mask of the weights is
-        judged.
+        judged. For learned masks: `nmjax.prepare(params, plan, state, logits=logits)`.
 
     Raises:
       CheckError: A parameter or mask is missing or has another shape, a mask is not
-        N:M along the plan's axis, or is not the mask of the stored weights where the
-        recipe chooses it at every step, or belongs to no sparse parameter. Every
-        offending path is listed, with its first groups and their values.
+        N:M along the plan's axis (along both, where the recipe's mask is), or is not
+        the mask of the stored weights where the recipe chooses it at every step, or
+        belongs to no masked parameter. Every offending path is listed, with its first
+        groups and their values. Of recipes that mask activations only shapes are
+        judged: their weights are dense.
     """
     weights = {path: np.asarray(w) for path, w in _arrays(params).items()}
-    masks = {p: np.asarray(m) for p, m in state_leaves(state or {}, "mask").items()}
+    masks = _masks(state)
     problems = [
-        Problem(path, "stranger", "has a mask, but the plan does not make it sparse")
-        for path in sorted(state_paths(state or {}) - {e.path for e in plan.sparse})
+        Problem(path, "stranger", "has a mask, but the plan does not mask it")
+        for path in sorted(state_paths(state or {}) - {e.path for e in plan.masked})
     ]
     for entry in plan.sparse:
-        problems += _judge(entry, weights.get(entry.path), masks.get(entry.path), masks)
+        problems += _judge(entry, weights.get(entry.path), masks)
     if problems:
         raise CheckError(problems)
 
@@ -83,37 +86,74 @@ def _arrays(params: Any) -> dict[str, Any]:
     return {p: w for p, w in named_leaves(params).items() if hasattr(w, "shape")}
 
 
-def _judge(entry: PlanEntry, w, mask, masks) -> list[Problem]:
+def _masks(state: NMState | None) -> dict[str, dict[str, np.ndarray]]:
+    """The masks of a state, by path and name."""
+    masks: dict[str, dict[str, np.ndarray]] = {}
+    for name in MASKS:
+        for path, mask in state_leaves(state or {}, name).items():
+            masks.setdefault(path, {})[name] = np.asarray(mask)
+    return masks
+
+
+def _judge(entry: PlanEntry, w, masks) -> list[Problem]:
     path, sparsity = entry.path, Sparsity.of(entry)
     if w is None:
         return [Problem(path, "missing", "is in the plan, not in the parameters")]
     if w.shape != entry.shape:
         return [Problem(path, "shape", f"plan {entry.shape}, parameter {w.shape}")]
-    needs_state, m = sparsity.recipe.needs_state, sparsity.pattern.m
-    if entry.shape[entry.axis] % m and entry.ragged is None:
-        detail = f"axis {entry.axis} of {entry.shape} does not hold groups of {m}"
-        return [Problem(path, "axis", detail)]
-    if mask is None and (masks or needs_state):
+    if not entry.masks_weight:
+        return []
+    recipe, m = sparsity.recipe, sparsity.pattern.m
+    for axis in entry.group_axes:
+        if entry.shape[axis] % m and entry.ragged is None:
+            detail = f"axis {axis} of {entry.shape} does not hold groups of {m}"
+            return [Problem(path, "axis", detail)]
+    learned = recipe.mask == "learned"
+    given = masks.get(path, {})
+    if "mask" not in given and (masks or recipe.keeps_mask or learned):
         return [Problem(path, "missing", "the state has no mask for it")]
-    mask = np.asarray(sparsity.choose_mask(w) if mask is None else mask)
+    own = {} if recipe.keeps_mask or learned else _choose(sparsity, w)
+    judged = given or own
+    for name in ("mask", *(["mask_dgrad"] * (recipe.dgrad == "weight-own-mask"))):
+        if name not in judged:
+            return [Problem(path, "missing", f"the state has no {name} for it")]
+        axes = (sparsity.out_axis,) if name == "mask_dgrad" else _mask_axes(sparsity)
+        problem = _judge_mask(entry, w, judged[name], own.get(name), axes)
+        if problem is not None:
+            return [problem]
+    return []
+
+
+def _choose(sparsity: Sparsity, w) -> dict[str, np.ndarray]:
+    return {n: np.asarray(mask) for n, mask in sparsity.choose_masks(w).items()}
+
+
+def _mask_axes(sparsity: Sparsity) -> tuple[int, ...]:
+    """The axes along which fprop's mask must be N:M."""
+    both = sparsity.recipe.mask_on_both_axes
+    return (sparsity.axis, sparsity.out_axis) if both else (sparsity.axis,)
+
+
+def _judge_mask(entry: PlanEntry, w, mask, own, axes) -> Problem | None:
+    """What is wrong with one mask; `own` is that of the weights, if it must be."""
+    sparsity = Sparsity.of(entry)
     if mask.shape != entry.shape or mask.dtype != bool:
         detail = f"weight {entry.shape}, mask {mask.shape} of dtype {mask.dtype}"
-        return [Problem(path, "shape", detail)]
-    wrong = _wrong_groups(mask, sparsity)
-    if wrong.any():
-        return [_not_nm(entry, w, mask, wrong)]
-    own = mask if needs_state else np.asarray(sparsity.choose_mask(w))
-    if (mask != own).any():
+        return Problem(entry.path, "shape", detail)
+    for axis in axes:
+        along = dataclasses.replace(sparsity, axis=axis)
+        wrong = _wrong_groups(mask, along)
+        if wrong.any():
+            return _not_nm(entry, w, mask, wrong, axis)
+    if own is not None and (mask != own).any():
         at = tuple(int(i) for i in np.argwhere(mask != own)[0])
-        return [
-            Problem(
-                path,
-                "weights",
-                f"{int((mask != own).sum())} bits differ from the mask of the stored "
-                f"weights, the first at {at} (weight {w[at]!s}, mask {bool(mask[at])})",
-            )
-        ]
-    return []
+        return Problem(
+            entry.path,
+            "weights",
+            f"{int((mask != own).sum())} bits differ from the mask of the stored "
+            f"weights, the first at {at} (weight {w[at]!s}, mask {bool(mask[at])})",
+        )
+    return None
 
 
 def _groups(array: np.ndarray, sparsity: Sparsity) -> np.ndarray:
@@ -125,9 +165,13 @@ def _groups(array: np.ndarray, sparsity: Sparsity) -> np.ndarray:
 
 
 def _wrong_groups(mask: np.ndarray, sparsity: Sparsity) -> np.ndarray:
-    """(..., number of groups): where the number kept is not n, tails included."""
-    pattern = sparsity.pattern
-    wrong = _groups(mask, sparsity).sum(-1) != pattern.n
+    """(..., number of groups): where the number kept is not n, tails included.
+
+    Masks by tiles may keep fewer: the greedy algorithms leave a tile at 7 of 8.
+    """
+    pattern, kept = sparsity.pattern, _groups(mask, sparsity).sum(-1)
+    fewer = sparsity.recipe.mask == "tile"
+    wrong = kept > pattern.n if fewer else kept != pattern.n
     tail = mask.shape[sparsity.axis] % pattern.m
     if tail:
         kept = np.moveaxis(mask, sparsity.axis, -1)[..., -tail:].sum(-1)
@@ -141,30 +185,33 @@ def _kept_of_tail(sparsity: Sparsity, tail: int) -> int:
 
 
 def _density(entry: PlanEntry) -> float:
-    """The share of weights that the plan keeps, tails included."""
+    """The share of weights that the plan keeps, tails included (tiles: at most)."""
+    if not entry.masks_weight:
+        return 1.0
     sparsity, size = Sparsity.of(entry), entry.shape[entry.axis]
     groups, tail = divmod(size, sparsity.pattern.m)
     return (groups * sparsity.pattern.n + _kept_of_tail(sparsity, tail)) / size
 
 
-def _not_nm(entry: PlanEntry, w, mask, wrong) -> Problem:
+def _not_nm(entry: PlanEntry, w, mask, wrong, judged: int) -> Problem:
     sparsity = Sparsity.of(entry)
     pattern = sparsity.pattern
-    for axis in range(-mask.ndim, 0):
+    one_axis = len(_mask_axes(sparsity)) == 1
+    for axis in range(-mask.ndim, 0) if one_axis else ():
         other = dataclasses.replace(sparsity, axis=axis)
         fits = mask.shape[axis] % pattern.m == 0
-        if axis != entry.axis and fits and not _wrong_groups(mask, other).any():
+        if axis != judged and fits and not _wrong_groups(mask, other).any():
             return Problem(
                 entry.path,
                 "axis",
-                f"is {pattern} along axis {axis}, but the GEMM contracts {entry.axis}",
+                f"is {pattern} along axis {axis}, but the GEMM contracts {judged}",
             )
     examples = []
     for index in np.argwhere(wrong)[:3]:
         *row, group = (int(i) for i in index)
         span = slice(group * pattern.m, (group + 1) * pattern.m)
-        bits = np.moveaxis(mask, entry.axis, -1)[(*row, span)]
-        values = np.moveaxis(w, entry.axis, -1)[(*row, span)]
+        bits = np.moveaxis(mask, judged, -1)[(*row, span)]
+        values = np.moveaxis(w, judged, -1)[(*row, span)]
         examples.append(
             f"group {group} at {tuple(row)} keeps {int(bits.sum())} of {bits.size}: "
             f"mask {bits.astype(int).tolist()}, weights {_short(values)}"
@@ -172,9 +219,16 @@ def _not_nm(entry: PlanEntry, w, mask, wrong) -> Problem:
     return Problem(
         entry.path,
         "pattern",
-        f"{int(wrong.sum())} of {wrong.size} groups along axis {entry.axis} are not "
+        f"{int(wrong.sum())} of {wrong.size} groups along axis {judged} are not "
         f"{pattern}; " + "; ".join(examples),
     )
+
+
+def _sparse_operands(recipe: Recipe) -> str:
+    """Which operands of a recipe that masks no weight are sparse, in words."""
+    words = {"activation": "x", "activation-fixed": "x", "gradient": "dy"}
+    sides = (("fprop", recipe.fprop), ("wgrad", recipe.wgrad))
+    return ", ".join(f"{words[word]} of {side}" for side, word in sides if word)
 
 
 def _short(values: np.ndarray) -> list[float]:
@@ -194,20 +248,21 @@ def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
       axes, recipe, density, whether N:M holds, or the reason it is dense; then totals.
     """
     weights = _arrays(params)
-    masks = state_leaves(state or {}, "mask")
+    masks = _masks(state)
     rows = [("path", "layer", "shape", "axes", "recipe", "density", "N:M")]
     kept = total = present = 0
     for entry in plan:
-        w, mask = weights.get(entry.path), masks.get(entry.path)
+        w = weights.get(entry.path)
         density, verdict, recipe = 1.0, entry.reason, "-"
         if entry.sparse:
             sparsity = Sparsity.of(entry)
             recipe = f"{sparsity.recipe.name} {sparsity.pattern}"
             density, verdict = _density(entry), "not judged"
             if w is None or hasattr(w, "__array__"):
-                w, mask = (None if x is None else np.asarray(x) for x in (w, mask))
-                problems = _judge(entry, w, mask, masks)
+                problems = _judge(entry, None if w is None else np.asarray(w), masks)
                 verdict = f"no: {problems[0].kind}" if problems else "yes"
+            if not entry.masks_weight and verdict == "yes":
+                verdict = f"W dense: {_sparse_operands(sparsity.recipe)} is N:M"
         shape = "x".join(map(str, entry.shape))
         axes = ",".join(map(str, entry.axes)) or "-"
         row = (entry.path, entry.layer, shape, axes, recipe, f"{density:.3f}", verdict)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from nmjax.estimators import decay_term
 from nmjax.paths import map_named, named_leaves
 from nmjax.planning import Plan
-from nmjax.sparse_kernel import Sparsity
-from nmjax.state import NMState, state_masks
+from nmjax.sparsity import Sparsity
+from nmjax.state import NMState, state_entries
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -53,6 +53,7 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
         path: sparsity
         for path, sparsity in sparse.items()
         if sparsity.recipe.decay_in == "optimizer"
+        and sparsity.recipe.masks_weight
         and (sparsity.recipe.decay if decay is None else decay)
     }
 
@@ -64,7 +65,7 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
         del extra
         if params is None:
             raise ValueError("add_decay needs the parameters: tx.update(g, s, params)")
-        masks, weights = state_masks(nm or {}, plan), named_leaves(params)
+        entries, weights = state_entries(nm or {}, plan), named_leaves(params)
         if sparse and sparse.keys().isdisjoint(weights):
             raise ValueError(
                 f"none of the weights to decay, {list(sparse)}, is among the params "
@@ -77,7 +78,7 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
             sparsity, w = sparse[path], weights[path]
             rate = sparsity.recipe.decay if decay is None else decay
             rate = rate(state.count) if callable(rate) else rate
-            term = decay_term(w, sparsity.mask(w, masks.get(path)), rate)
+            term = decay_term(w, sparsity.mask(w, entries.get(path, {})), rate)
             return gradient + term.astype(gradient.dtype)
 
         return map_named(add, updates), AddDecayState(state.count + 1)

@@ -5,21 +5,34 @@ Flax's:
 
     nmjax.linen.Dense(1024, recipe="2:4")
 
-A recipe that keeps its mask reads it from the collection "nm":
-`model.apply({"params": params, "nm": state}, x)`.
+A recipe that keeps its mask reads it from the collection "nm", one that learns it from
+"nm_logits", and one that draws from the rng stream "nm":
+`model.apply({"params": params, "nm": state}, x, rngs={"nm": key})`. While a layer is
+initialised it chooses its mask from the new weight.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 
 from nmjax.pattern import NMPattern
-from nmjax.planning import PlanError
-from nmjax.recipes import Recipe, as_recipe
-from nmjax.recording import contracted_axes, own_hook, why_no_hook
+from nmjax.planning import Candidate, PlanError, make_plan
+from nmjax.recipe import Recipe
+from nmjax.recipes import as_recipe
+from nmjax.recording import (
+    contracted_axes,
+    equation_of,
+    is_recording,
+    output_axes,
+    own_hook,
+    why_no_hook,
+)
+from nmjax.rules import Rule
 from nmjax.sparse_kernel import (
     ConvGeneralDilated,
     DotGeneral,
@@ -27,8 +40,11 @@ from nmjax.sparse_kernel import (
     MaskKernel,
     PromoteKernel,
     SparseKernel,
-    Sparsity,
 )
+from nmjax.sparse_kernel import (
+    Einsum as EinsumOp,
+)
+from nmjax.sparsity import Sparsity
 
 _Base = nn.Module if TYPE_CHECKING else object
 
@@ -75,10 +91,35 @@ def hook_boxed_layers(next_function, args, kwargs, context):
     """Interceptor: hooks each layer whose kernel comes in a box."""
     layer, scope = context.module, context.module.scope
     if isinstance(layer, _LAYERS) and context.method_name == "__call__" and scope:
-        if isinstance(scope.get_variable("params", "kernel"), KernelBox):
+        box = scope.get_variable("params", "kernel")
+        if isinstance(box, KernelBox):
+            if isinstance(layer, nn.Einsum) and box.sparsity.recipe.needs_op:
+                bias = scope.get_variable("params", "bias")
+                return _einsum(layer, box.unbox(), meta.unbox(bias), args, kwargs)
             with hooked(layer):
                 return next_function(*args, **kwargs)
     return next_function(*args, **kwargs)
+
+
+def _einsum(
+    layer: nn.Einsum, kernel: SparseKernel, bias: Any, args: tuple, kwargs: dict
+) -> jax.Array:
+    """What `flax.linen.Einsum` computes, by an op that it has no hook for."""
+    inputs = kwargs["inputs"] if "inputs" in kwargs else args[0]
+    equation = equation_of(layer, args, kwargs).replace(" ", "")
+    promote = PromoteKernel(layer.promote_dtype)
+    shape = None
+    if bias is not None:
+        _, shape = layer._get_bias_shape(equation, inputs, kernel.value)
+    inputs, kernel, bias = promote(inputs, kernel, bias, dtype=layer.dtype)
+    y = EinsumOp()(
+        equation,
+        inputs,
+        kernel,
+        precision=layer.precision,
+        preferred_element_type=layer.preferred_element_type,
+    )
+    return y if bias is None else y + jnp.reshape(bias, shape)
 
 
 class _Layer(_Base):
@@ -94,26 +135,47 @@ class _Layer(_Base):
 
     def _hooked(self, *args, **kwargs):
         recipe = self.nm_recipe
-        if recipe is None or recipe.pattern is None:
+        if recipe is None:
             return contextlib.nullcontext()
-        m, scope, taken = recipe.pattern.m, self.scope, own_hook(self)
+        taken = own_hook(self)  # before our own hook is there
+        return hooked(self, lambda kernel: self._sparse(kernel, taken, args, kwargs))
 
-        def wrap(kernel):
-            path = "/".join((*self.path, "kernel"))
-            axes = contracted_axes(self, kernel.ndim, args, kwargs)
-            reason = taken or why_no_hook(self, kernel.shape)
-            if axes is None:
-                raise PlanError(f"{path}: the equation contracts no axis of the kernel")
-            size = kernel.shape[axes[-1]]
-            if not reason and size % m:
-                reason = f"the contracted axis has size {size}, not a multiple of {m}"
-            if reason:
-                raise PlanError(f"{path} cannot be sparse ({reason}): use recipe=None")
-            stored = (scope.get_variable("nm", "kernel") if scope else None) or {}
-            sparsity = Sparsity(path, recipe, axes[-1] - kernel.ndim)
-            return SparseKernel(kernel, stored.get("mask"), sparsity)
+    def _sparse(self, kernel, taken: str, args, kwargs) -> SparseKernel:
+        """The kernel with the layer's recipe, or what forbids it."""
+        path = "/".join((*self.path, "kernel"))
+        ndim, axes = kernel.ndim, contracted_axes(self, kernel.ndim, args, kwargs)
+        if axes is None:
+            raise PlanError(f"{path}: the equation contracts no axis of the kernel")
+        candidate = Candidate(
+            path,
+            kernel.shape,
+            str(kernel.dtype),
+            type(self).__name__,
+            axes=tuple(axis - ndim for axis in axes),
+            out_axes=tuple(a - ndim for a in output_axes(self, ndim, args, kwargs)),
+            weight_only=isinstance(self, nn.ConvTranspose),
+            reason=taken or why_no_hook(self, kernel.shape),
+        )
+        rules = [Rule(".*", self.nm_recipe, ineligible="dense")]
+        (entry,) = make_plan([candidate], rules)
+        if not entry.sparse:
+            raise PlanError(f"{path} cannot be sparse ({entry.reason}): recipe=None")
+        sparsity = Sparsity.of(entry)
+        return SparseKernel(kernel, self._entry(sparsity, kernel), sparsity)
 
-        return hooked(self, wrap)
+    def _entry(self, sparsity: Sparsity, kernel: jax.Array) -> dict[str, Any]:
+        """What the collections hold for the kernel."""
+        recipe, scope = sparsity.recipe, self.scope
+        if is_recording() or self.is_initializing():
+            logits = recipe.mask == "learned"
+            more = {"logits": sparsity.init_logits(kernel)} if logits else {}
+            return {**sparsity.init(kernel), **more}
+        entry = dict((scope.get_variable("nm", "kernel") if scope else None) or {})
+        if scope and scope.has_variable("nm_logits", "kernel"):
+            entry["logits"] = scope.get_variable("nm_logits", "kernel")
+        if recipe.draws and self.has_rng("nm"):
+            entry["key"] = self.make_rng("nm")
+        return entry
 
 
 class Dense(_Layer, nn.Dense):
@@ -192,5 +254,17 @@ class Einsum(_Layer, nn.Einsum):
     @nn.compact
     def __call__(self, inputs, einsum_str=None):
         """Applies the equation to inputs and kernel."""
-        with self._hooked(inputs, einsum_str):
-            return super().__call__(inputs, einsum_str)
+        recipe = self.nm_recipe
+        if recipe is None or not recipe.needs_op:
+            with self._hooked(inputs, einsum_str):
+                return super().__call__(inputs, einsum_str)
+        args = (inputs, einsum_str)
+        kernel = self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            equation = equation_of(self, args, {}).replace(" ", "")
+            shape, _ = self._get_bias_shape(equation, inputs, kernel)
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        if not isinstance(kernel, SparseKernel):
+            kernel = self._sparse(kernel, own_hook(self), args, {})
+        return _einsum(self, kernel, bias, args, {})

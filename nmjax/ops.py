@@ -1,4 +1,4 @@
-"""The three GEMMs of a layer, written once.
+"""The three GEMMs of a layer, written once, each with its sparse operand.
 
     fprop  y  = gemm(x, w)
     dgrad  dx = gemmᵀ(dy; w)        the transpose of fprop in x
@@ -6,10 +6,19 @@
 
 A GEMM is any function linear in `x` and in `w`: a frozen dataclass that holds the
 static geometry and calls the lax primitive, so that matrix products and convolutions
-share one `custom_vjp`. `w` is the sparse weight, already masked and cast: choosing a
-mask and decaying dropped weights are not the business of this file. A method that
-uses another operand in one of the three GEMMs replaces that line here and nowhere
-else.
+share one `custom_vjp`. `w` is the sparse weight, already masked and cast: choosing its
+mask and decaying dropped weights are not the business of this file. What a recipe does
+to the other operands is: with the (tokens, features) matrices of x and dy,
+
+    fprop="activation"        y = gemm(E ⊙ x, w), dw = gemmᵀ(dy; E ⊙ x), dx as if E = 1
+    dgrad="weight-own-mask"   dx = gemmᵀ(dy; w_dgrad)
+    wgrad="gradient"          dw = gemmᵀ(MVUE(dy); x), n of every m tokens of dy kept
+    wgrad="activation-fixed"  dw = Σ x_kᵀ · Σ dy_t over the kept tokens k, and for each
+                              the tokens t from k to the next kept one
+
+Tokens are all axes of x that the GEMM neither contracts nor has in common with w,
+flattened; for a convolution, batch and output positions. Where m does not divide their
+number, zeros fill the last group.
 
 Gradients are reverse mode, to any order; a Hessian is forward over reverse and works.
 jax refuses `jvp`, `jacfwd` and `linearize`, and its traceback shows the line that calls
@@ -18,44 +27,128 @@ the `custom_vjp`: the comment there is for the user.
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-Gemm = Callable[[jax.Array, jax.Array], jax.Array]
+from nmjax import masks
+from nmjax.pattern import NMPattern
+from nmjax.recipe import Recipe
+from nmjax.sampling import mvue
+
+OnRows = Callable[[jax.Array], jax.Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def three_gemms(gemm: Gemm, x: jax.Array, w: jax.Array) -> jax.Array:
+class Gemm(Protocol):
+    """A hashable function, linear in each of its two arguments."""
+
+    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """The product."""
+        ...
+
+    def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
+        """`dy` after a change of its matrices `(…, tokens, out)`."""
+        ...
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def three_gemms(
+    gemm: Gemm,
+    recipe: Recipe | None,
+    no_key: str,
+    x: jax.Array,
+    w: jax.Array,
+    w_dgrad: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
     """`gemm(x, w)` with its two backward GEMMs explicit.
 
     Args:
       gemm: Hashable function, linear in each of its two arguments.
+      recipe: Says which operands are sparse; None = at most `w`.
+      no_key: What to say where wgrad needs a key and there is none.
       x: Activations.
       w: Sparse weight, in the compute dtype.
+      w_dgrad: The weight that dgrad reads in place of `w`, if it is another.
+      key: PRNG key of the sampling in wgrad.
 
     Returns:
       `gemm(x, w)`; the gradients have the dtypes of `x` and `w`. Inside
       `shard_map`, wgrad sums over the mesh axes that `x` varies over and `w` does
       not.
     """
-    return gemm(x, w)
+    return _fprop(gemm, recipe, no_key, x, w, w_dgrad, key)[0]
 
 
-def _fprop(gemm: Gemm, x, w):
-    return gemm(x, w), (x, w)
+def _fprop(gemm, recipe, no_key, x, w, w_dgrad, key):
+    del no_key
+    if recipe is not None and recipe.fprop == "activation":
+        x = gemm.on_tokens(functools.partial(_sparse_tiles, recipe.tile), x)
+    return gemm(x, w), (x, w, w_dgrad, key)
 
 
-def _dgrad_wgrad(gemm: Gemm, residuals, dy):
-    x, w = residuals
-    (dx,) = jax.linear_transpose(lambda x: gemm(x, w), x)(dy)
+def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
+    x, w, w_dgrad, key = residuals
+    w_read = w if w_dgrad is None else w_dgrad
+    (dx,) = jax.linear_transpose(lambda x: gemm(x, w_read), x)(dy)
+    match None if recipe is None else recipe.wgrad:
+        case "gradient":
+            if key is None:
+                raise ValueError(no_key)
+            dy = gemm.on_rows(functools.partial(_sampled, recipe.pattern, key), dy, x)
+        case "activation-fixed":
+            dy = gemm.on_rows(functools.partial(_restored, recipe.pattern), dy, x)
     (dw,) = jax.linear_transpose(lambda w: gemm(x, w), w)(dy)
-    return dx, dw
+    return dx, dw, None, None
 
 
 three_gemms.defvjp(_fprop, _dgrad_wgrad)
+
+
+def _sparse_tiles(algorithm: str, x: jax.Array) -> jax.Array:
+    """x `(…, tokens, features)` masked by 4×4 tiles."""
+    tokens = x.shape[-2]
+    padded = _fill_rows(x, 4)
+    mask = lax.slice_in_dim(masks.tile_mask(padded, algorithm), 0, tokens, axis=-2)
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def _sampled(pattern: NMPattern, key: jax.Array, dy: jax.Array) -> jax.Array:
+    """dy `(…, tokens, out)` with n of every m tokens kept, unbiased."""
+    values, _ = mvue(_fill_rows(dy, pattern.m), key, pattern, axis=-2)
+    return lax.slice_in_dim(values, 0, dy.shape[-2], axis=-2)
+
+
+def _restored(pattern: NMPattern, dy: jax.Array) -> jax.Array:
+    """dy `(…, tokens, out)`: kept tokens receive that of the ones left out after them.
+
+    The places kept of every m tokens are spread evenly, the first among them: 0 and 2
+    of 4. The others become zero, so wgrad does not read their x.
+    """
+    n, m, tokens = pattern.n, pattern.m, dy.shape[-2]
+    padded = _fill_rows(dy, m)
+    groups = padded.reshape(*padded.shape[:-2], -1, m, padded.shape[-1])
+    kept = [i * m // n for i in range(n)]
+    rows = []
+    for start, end in itertools.pairwise([*kept, m]):
+        total = jnp.sum(groups[..., start:end, :], -2, keepdims=True)
+        rows += [total] + [jnp.zeros_like(total)] * (end - start - 1)
+    joined = jnp.concatenate(rows, axis=-2).reshape(padded.shape)
+    return lax.slice_in_dim(joined, 0, tokens, axis=-2)
+
+
+def _fill_rows(rows: jax.Array, m: int) -> jax.Array:
+    """`(…, tokens, columns)` with zeros up to a multiple of m tokens."""
+    missing = -rows.shape[-2] % m
+    if not missing:
+        return rows
+    widths = [(0, 0)] * (rows.ndim - 2) + [(0, missing), (0, 0)]
+    return jnp.pad(rows, widths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +165,28 @@ class _Dot:
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
         )
+
+    def on_tokens(self, change: OnRows, x: jax.Array) -> jax.Array:
+        """`x` after a change of its matrices `(…, tokens, features)`."""
+        (contracted, _), (batch, _) = self.dimension_numbers
+        known = {*contracted, *batch}
+        free = [axis for axis in range(x.ndim) if axis not in known]
+        order = (*batch, *free, *contracted)
+        moved = jnp.transpose(x, order)
+        split = len(batch), len(batch) + len(free)
+        matrices = change(moved.reshape(_matrix_shape(moved.shape, *split)))
+        back = [order.index(axis) for axis in range(x.ndim)]
+        return jnp.transpose(matrices.reshape(moved.shape), back)
+
+    def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
+        (contracted, _), (batch, _) = self.dimension_numbers
+        shape = _matrix_shape(dy.shape, len(batch), x.ndim - len(contracted))
+        return change(dy.reshape(shape)).reshape(dy.shape)
+
+
+def _matrix_shape(shape: tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
+    """Axes from start to end become the rows, those from end on the columns."""
+    return (*shape[:start], math.prod(shape[start:end]), math.prod(shape[end:]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +216,17 @@ class _Conv:
             preferred_element_type=self.preferred_element_type,
         )
 
+    def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
+        del x
+        # The layout of y alone: its rank is that of x and w.
+        numbers = lax.conv_dimension_numbers(dy.shape, dy.shape, self.dimension_numbers)
+        batch, features, *space = numbers.out_spec
+        order = (batch, *space, features)
+        moved = jnp.transpose(dy, order)
+        matrix = change(moved.reshape(-1, moved.shape[-1]))
+        back = [order.index(axis) for axis in range(dy.ndim)]
+        return jnp.transpose(matrix.reshape(moved.shape), back)
+
 
 def nm_dot_general(
     x: jax.Array,
@@ -108,6 +234,11 @@ def nm_dot_general(
     dimension_numbers: Any,
     precision: Any = None,
     preferred_element_type: Any = None,
+    *,
+    recipe: Recipe | None = None,
+    w_dgrad: jax.Array | None = None,
+    key: jax.Array | None = None,
+    no_key: str = "wgrad samples the output gradient and needs key=",
 ) -> jax.Array:
     """`lax.dot_general(x, w, …)` as three GEMMs.
 
@@ -117,9 +248,16 @@ def nm_dot_general(
       dimension_numbers: `((x_contract, w_contract), (x_batch, w_batch))`.
       precision: As in `lax.dot_general`.
       preferred_element_type: As in `lax.dot_general`.
+      recipe: Says which operands besides `w` are sparse; None = none.
+      w_dgrad: The weight that dgrad reads, with `dgrad="weight-own-mask"`; else None.
+      key: PRNG key, where `wgrad="gradient"`; the forward pass does without.
+      no_key: The error's text where wgrad needs a key and there is none.
 
     Returns:
       What `lax.dot_general` returns.
+
+    Raises:
+      ValueError: A gradient is asked for that needs a key.
     """
     (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
     numbers = (
@@ -127,7 +265,61 @@ def nm_dot_general(
         (tuple(x_batch), tuple(w_batch)),
     )
     gemm = _Dot(numbers, precision, preferred_element_type)
-    return three_gemms(gemm, x, w)  # no forward mode (jvp): use nmjax.densify(model)
+    statics, aux = (gemm, _operands(recipe), no_key), (w_dgrad, key)
+    return three_gemms(*statics, x, w, *aux)  # no jvp: use nmjax.densify(model)
+
+
+def nm_einsum(
+    equation: str,
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **aux: Any,
+) -> jax.Array:
+    """`jnp.einsum(equation, x, w)` as three GEMMs.
+
+    Args:
+      equation: Explicit, of two operands; only the first may have an ellipsis. Every
+        letter occurs in two of x, w and the result, or in all three.
+      x: Activations.
+      w: Sparse weight, in the dtype of `x`.
+      precision: As in `jnp.einsum`.
+      preferred_element_type: As in `jnp.einsum`.
+      **aux: `recipe`, `w_dgrad`, `key`, `no_key` of `nm_dot_general`.
+
+    Returns:
+      What `jnp.einsum` returns.
+
+    Raises:
+      ValueError: The equation is of another form; or as `nm_dot_general`.
+    """
+    operands, result = equation.replace(" ", "").split("->")
+    left, right = operands.split(",")
+    if "." in left:
+        unused = (c for c in map(chr, range(0x100, 0x200)) if c not in equation)
+        hidden = x.ndim - len(left.replace("...", ""))
+        letters = "".join(itertools.islice(unused, hidden))
+        left, result = (side.replace("...", letters) for side in (left, result))
+    counts = [(c in left) + (c in right) + (c in result) for c in {*left, *right}]
+    twice = any(len(side) != len(set(side)) for side in (left, right, result))
+    if "." in right + result or twice or 1 in counts:
+        raise ValueError(
+            f"einsum equation {equation!r} is not one GEMM of activations and kernel: "
+            "a letter occurs once, or twice in one operand; leave this layer dense"
+        )
+    batch = [c for c in left if c in right and c in result]
+    contracted = [c for c in right if c in left and c not in result]
+    numbers = (
+        ([left.index(c) for c in contracted], [right.index(c) for c in contracted]),
+        ([left.index(c) for c in batch], [right.index(c) for c in batch]),
+    )
+    y = nm_dot_general(x, w, numbers, precision, preferred_element_type, **aux)
+    rows = [c for c in left if c not in right]
+    columns = [c for c in right if c not in left]
+    order = [*batch, *rows, *columns]
+    return jnp.transpose(y, [order.index(c) for c in result])
 
 
 def nm_conv(
@@ -143,8 +335,16 @@ def nm_conv(
     batch_group_count: int = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
+    recipe: Recipe | None = None,
+    w_dgrad: jax.Array | None = None,
+    key: jax.Array | None = None,
+    no_key: str = "wgrad samples the output gradient and needs key=",
 ) -> jax.Array:
     """`lax.conv_general_dilated(x, w, …)` as three GEMMs.
+
+    With `fprop="activation"` the matrix that has tiles is that of the patches,
+    `(batch · output positions, window · channels)` for each feature group, and dx is
+    that of the patches' product with w; else lax's own convolutions run.
 
     Args:
       x: Images, for Flax layers `(batch, *space, channels)`.
@@ -158,9 +358,17 @@ def nm_conv(
       batch_group_count: Number of batch groups.
       precision: As in `lax.conv_general_dilated`.
       preferred_element_type: As in `lax.conv_general_dilated`.
+      recipe: As in `nm_dot_general`, as the rest.
+      w_dgrad: The weight that dgrad reads, or None.
+      key: PRNG key, or None.
+      no_key: The error's text.
 
     Returns:
       What `lax.conv_general_dilated` returns.
+
+    Raises:
+      ValueError: A gradient is asked for that needs a key; or sparse activations meet
+        batch groups.
     """
     gemm = _Conv(
         tuple(window_strides),
@@ -173,4 +381,79 @@ def nm_conv(
         precision,
         preferred_element_type,
     )
-    return three_gemms(gemm, x, w)  # no forward mode (jvp): use nmjax.densify(model)
+    recipe = _operands(recipe)
+    if recipe is not None and recipe.fprop == "activation":
+        return _conv_of_patches(gemm, x, w, recipe=recipe, key=key, no_key=no_key)
+    statics, aux = (gemm, recipe, no_key), (w_dgrad, key)
+    return three_gemms(*statics, x, w, *aux)  # no jvp: use nmjax.densify(model)
+
+
+def _operands(recipe: Recipe | None) -> Recipe | None:
+    """The recipe, if it asks more of the GEMMs than a masked weight."""
+    return recipe if recipe is not None and recipe.needs_op else None
+
+
+def _conv_of_patches(gemm: _Conv, x: jax.Array, w: jax.Array, **aux) -> jax.Array:
+    """The convolution as `patches · matrix`, by `nm_dot_general`."""
+    if gemm.batch_group_count != 1:
+        raise ValueError(
+            f"batch_group_count={gemm.batch_group_count} with sparse activations is "
+            "not supported: use another recipe for this convolution"
+        )
+    numbers = lax.conv_dimension_numbers(x.shape, w.shape, gemm.dimension_numbers)
+    batch, channels, *space = numbers.lhs_spec
+    x = jnp.transpose(x, (batch, *space, channels))
+    features, inputs, *window = numbers.rhs_spec
+    w = jnp.transpose(w, (*window, inputs, features))
+    patches = _patches(gemm, x, w.shape[:-2])  # (N, *out, window, channels)
+    outputs, groups = patches.shape[:-2], gemm.feature_group_count
+    tokens, positions = math.prod(outputs), patches.shape[-2]
+    patches = patches.reshape(tokens, positions, groups, -1)
+    patches = jnp.moveaxis(patches, 2, 0).reshape(groups, tokens, -1)
+    matrix = w.reshape(-1, groups, w.shape[-1] // groups)  # (window · C/g, g, out/g)
+    y = nm_dot_general(
+        patches,
+        matrix,
+        (((2,), (0,)), ((0,), (1,))),
+        gemm.precision,
+        gemm.preferred_element_type,
+        **aux,
+    )
+    y = jnp.moveaxis(y, 0, 1).reshape(*outputs, -1)  # features are group-major
+    batch, features, *space = numbers.out_spec
+    order = (batch, *space, features)
+    return jnp.transpose(y, [order.index(axis) for axis in range(y.ndim)])
+
+
+def _patches(gemm: _Conv, x: jax.Array, window: tuple[int, ...]) -> jax.Array:
+    """What the window sees: `(N, *space, C)` -> `(N, *out, prod(window), C)`.
+
+    By slices, which move bits on every platform; a convolution with one-hot kernels
+    would round them where its precision is low.
+    """
+    ones = (1,) * len(window)
+    stretch, dilation = gemm.lhs_dilation or ones, gemm.rhs_dilation or ones
+    extent = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    size = [
+        (s - 1) * d + 1 if s else 0 for s, d in zip(x.shape[1:-1], stretch, strict=True)
+    ]
+    padding = gemm.padding
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(size, extent, gemm.strides, padding)
+    pads = [(a, b, d - 1) for (a, b), d in zip(padding, stretch, strict=True)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    out = [
+        (s - e) // stride + 1
+        for s, e, stride in zip(x.shape[1:-1], extent, gemm.strides, strict=True)
+    ]
+    parts = []
+    for position in itertools.product(*map(range, window)):
+        start = [p * d for p, d in zip(position, dilation, strict=True)]
+        end = [
+            s + (o - 1) * stride + 1
+            for s, o, stride in zip(start, out, gemm.strides, strict=True)
+        ]
+        strides = (1, *gemm.strides, 1)
+        part = lax.slice(x, (0, *start, 0), (x.shape[0], *end, x.shape[-1]), strides)
+        parts.append(part)
+    return jnp.stack(parts, axis=-2)

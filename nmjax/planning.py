@@ -21,7 +21,7 @@ from jax.core import Tracer
 
 from nmjax.masks import Ragged
 from nmjax.paths import named_leaves
-from nmjax.recipes import Recipe
+from nmjax.recipe import Recipe
 from nmjax.rules import Rule, Rules, as_rules, layer_path
 
 NO_RULE = "no rule matches"
@@ -46,6 +46,10 @@ class Candidate:
       dtype: Name of its dtype as stored.
       layer: Class name of the layer that owns it, or "parameter".
       axes: The axes that the layer's GEMM contracts, counted from the end.
+      out_axes: The axes that run over its outputs, which dgrad contracts.
+      stacked: The axes that scan or vmap stack.
+      weight_only: The layer's op cannot be replaced: recipes can mask its weight and no
+        more.
       reason: Why no recipe can act on it, or "".
       recipe: The recipe that the layer brings itself (drop-in layers).
       ignored: The pass did not come by; no statement about this parameter.
@@ -56,6 +60,9 @@ class Candidate:
     dtype: str
     layer: str = "parameter"
     axes: tuple[int, ...] = ()
+    out_axes: tuple[int, ...] = ()
+    stacked: tuple[int, ...] = ()
+    weight_only: bool = False
     reason: str = ""
     recipe: Recipe | None = None
     ignored: bool = False
@@ -72,6 +79,9 @@ class PlanEntry:
       dtype: Name of the dtype as stored.
       axes: The axes that the GEMM contracts, counted from the end; groups run along
         the last of them.
+      out_axes: The axes that dgrad contracts, counted from the end; groups of recipes
+        that mask along the outputs too run along the last of them.
+      stacked: The axes that scan or vmap stack, counted from the end.
       recipe: The recipe, or None: dense.
       ragged: As in `Rule`.
       reason: Why the parameter is dense; "" where it is sparse.
@@ -82,6 +92,8 @@ class PlanEntry:
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    stacked: tuple[int, ...]
     recipe: Recipe | None
     ragged: Ragged | None
     reason: str
@@ -91,6 +103,8 @@ class PlanEntry:
         rank = len(self.shape)
         if self.sparse and not (self.axes and -rank <= self.axes[-1] < 0):
             raise ValueError(f"{self.path}: axes {self.axes} of shape {self.shape}")
+        if self.sparse and len(self.group_axes) > 1 and not self.out_axes:
+            raise ValueError(f"{self.path}: no output axes for {self.recipe}")
 
     @property
     def sparse(self) -> bool:
@@ -101,6 +115,16 @@ class PlanEntry:
     def axis(self) -> int:
         """The axis along which groups run, counted from the end."""
         return self.axes[-1]
+
+    @property
+    def masks_weight(self) -> bool:
+        """Whether the GEMM reads a masked weight."""
+        return self.recipe is not None and self.recipe.masks_weight
+
+    @property
+    def group_axes(self) -> tuple[int, ...]:
+        """The axes along which masks of the weight run, counted from the end."""
+        return _group_axes(self.recipe, self.axes, self.out_axes)
 
     @property
     def size(self) -> int:
@@ -138,6 +162,11 @@ class Plan:
         """The entries on which a recipe acts."""
         return tuple(entry for entry in self.entries if entry.sparse)
 
+    @property
+    def masked(self) -> tuple[PlanEntry, ...]:
+        """The sparse entries whose recipe masks the weight."""
+        return tuple(entry for entry in self.entries if entry.masks_weight)
+
     def to_json(self) -> str:
         """The plan as JSON text; `Plan.from_json` reads it back equal."""
         entries = []
@@ -145,7 +174,7 @@ class Plan:
             fields = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
             fields["recipe"] = entry.recipe.to_dict() if entry.recipe else None
             entries.append(fields)
-        return json.dumps({"format": 1, "entries": entries}, indent=1)
+        return json.dumps({"format": 2, "entries": entries}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -157,8 +186,8 @@ class Plan:
         names = {field.name for field in dataclasses.fields(PlanEntry)}
         try:
             data = json.loads(text)
-            if data["format"] != 1:
-                raise ValueError(f"format {data['format']!r}, this version reads 1")
+            if data["format"] != 2:
+                raise ValueError(f"format {data['format']!r}, this version reads 2")
             entries = []
             for fields in data["entries"]:
                 if set(fields) != names:
@@ -168,6 +197,8 @@ class Plan:
                     **fields,
                     "shape": tuple(fields["shape"]),
                     "axes": tuple(fields["axes"]),
+                    "out_axes": tuple(fields["out_axes"]),
+                    "stacked": tuple(fields["stacked"]),
                     "recipe": Recipe.from_dict(recipe) if recipe else None,
                 }
                 entries.append(PlanEntry(**entry))
@@ -181,7 +212,8 @@ def plan_params(params: Any, rules: Rules) -> Plan:
 
     Rank alone does not tell which axis a GEMM contracts: parameters of rank 2, and
     kernels of rank 4 named "kernel" (HWIO), use axis -2; a rule that matches any
-    other, or an "embedding", must say `axis=`.
+    other, or an "embedding", must say `axis=`. Recipes that mask along the outputs too
+    do so along the last axis (along -2 where `axis=-1`).
 
     Args:
       params: A pytree of arrays, or of `jax.ShapeDtypeStruct`.
@@ -211,11 +243,20 @@ def plan_params(params: Any, rules: Rules) -> Plan:
         elif len(shape) != 2 and not (len(shape) == 4 and path.endswith("kernel")):
             reason = f"rank {len(shape)} does not tell the contracted axis: Rule(axis=)"
         candidates.append(
-            Candidate(path, shape, str(leaf.dtype), axes=axes, reason=reason)
+            Candidate(
+                path,
+                shape,
+                str(leaf.dtype),
+                axes=axes,
+                out_axes=(-2,) if axes == (-1,) else (-1,),
+                weight_only=True,
+                reason=reason,
+            )
         )
-        if not reason:
-            check_sharding(path, leaf, axes[-1], rule and rule.recipe)
-    return make_plan(candidates, rules)
+    made, leaves = make_plan(candidates, rules), named_leaves(params)
+    for entry in made.sparse:
+        check_entry_sharding(entry, leaves[entry.path])
+    return made
 
 
 def is_weight(path: str, ndim: int) -> bool:
@@ -258,6 +299,8 @@ def make_plan(candidates: Iterable[Candidate], rules: Sequence[Rule]) -> Plan:
                 candidate.shape,
                 candidate.dtype,
                 candidate.axes,
+                candidate.out_axes,
+                candidate.stacked,
                 recipe,
                 ragged if recipe else None,
                 reason,
@@ -271,11 +314,37 @@ def make_plan(candidates: Iterable[Candidate], rules: Sequence[Rule]) -> Plan:
 def _why_not(candidate: Candidate, recipe: Recipe, ragged: Ragged | None) -> str:
     if not jnp.issubdtype(jnp.dtype(candidate.dtype), jnp.floating):
         return f"dtype {candidate.dtype} is not floating point"
-    axis = candidate.axes[-1]
-    size = candidate.shape[axis]
-    if recipe.pattern and size % recipe.pattern.m and ragged is None:
-        return f"axis {axis} has size {size}, not a multiple of {recipe.pattern.m}"
+    if candidate.weight_only and recipe.needs_op:
+        return (
+            f"recipe {recipe.name!r} acts on more than the weight, and the op of "
+            f"{candidate.layer!r} cannot be replaced"
+        )
+    axes = list(_group_axes(recipe, candidate.axes, candidate.out_axes))
+    if recipe.on_both_axes and not candidate.out_axes:
+        return f"recipe {recipe.name!r} needs an output axis, and there is none"
+    if recipe.fprop == "activation":
+        axes.append(candidate.axes[-1])  # that of the features of x
+    if ragged is not None and recipe.mask == "magnitude" and len(axes) == 1:
+        return ""
+    m = recipe.pattern.m if recipe.pattern else 1
+    for axis in axes:
+        if size_error := _size_error(candidate.shape[axis], axis, m):
+            ragged_hint = f"; ragged={ragged!r} is for magnitude masks along one axis"
+            return size_error + (ragged_hint if ragged else "")
     return ""
+
+
+def _size_error(size: int, axis: int, m: int) -> str:
+    return f"axis {axis} has size {size}, not a multiple of {m}" if size % m else ""
+
+
+def _group_axes(
+    recipe: Recipe | None, axes: tuple[int, ...], out_axes: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The axes along which a recipe's masks of the weight run."""
+    if recipe is None or not recipe.masks_weight:
+        return ()
+    return (axes[-1], *(out_axes[-1:] if recipe.on_both_axes else ()))
 
 
 def _refuse_idle_rules(rules, used, candidates):
@@ -310,19 +379,23 @@ def log_dense_layers(plan: Plan) -> None:
             logger.warning("%s stays dense: %s", entry.path, entry.reason)
 
 
-def check_sharding(path: str, array: Any, axis: int, recipe: Recipe | None) -> None:
+def check_entry_sharding(entry: PlanEntry, array: Any) -> None:
     """Refuses a sharding that cuts a group in two.
 
     Args:
-      path: For the message.
+      entry: What the plan says of the parameter.
       array: Concrete (any sharding), or traced under explicit mesh axes; other
         tracers carry no sharding and pass.
-      axis: The axis along which groups run.
-      recipe: The recipe, or None.
 
     Raises:
-      PlanError: The shard's size along `axis` is not a multiple of m.
+      PlanError: The shard's size along an axis of groups is not a multiple of m.
     """
+    for axis in entry.group_axes:
+        check_sharding(entry.path, array, axis, entry.recipe)
+
+
+def check_sharding(path: str, array: Any, axis: int, recipe: Recipe | None) -> None:
+    """As `check_sharding`, for one axis."""
     if recipe is None or recipe.pattern is None or not isinstance(array, jax.Array):
         return
     shape, m = array.shape, recipe.pattern.m

@@ -1,126 +1,19 @@
-"""Recipes: what is sparse, how its mask is chosen, what its dropped weights receive.
+"""The published methods, each a value of `nmjax.Recipe`.
 
-A layer is trained by three GEMMs,
-
-    fprop  y = x · W        dgrad  dx = dy · Wᵀ        wgrad  dW = xᵀ · dy
-
-and a recipe answers three questions about them: which operand of each GEMM is N:M
-along the axis that the GEMM contracts, how the mask is chosen and when, and what
-gradient the dropped weights receive. Every published method is a value of `Recipe`;
-nothing else in the code knows a method's name.
-
-A recipe is frozen, compared by value and hashable, so it may be static under `jit`.
+Each function gives the equation, the source and its defaults; together they are the
+only place that knows methods by name. What the words of a recipe mean is said in
+`nmjax.recipe`.
 """
 
-import dataclasses
-import math
-from typing import Any, Literal, get_args
-
+from nmjax.masks.learned import Temperature
 from nmjax.pattern import NMPattern
+from nmjax.recipe import DecayIn, Recipe, transposes
+from nmjax.schedule import Schedule
 
-Operand = Literal["weight"]
-Gradient = Literal["straight-through", "masked"]
-DecayIn = Literal["op", "optimizer"]
-
-_WORDS: dict[str, tuple[str | None, ...]] = {
-    "fprop": (None, *get_args(Operand)),
-    "dgrad": (None, *get_args(Operand)),
-    "wgrad": (None, *get_args(Operand)),
-    "gradient": get_args(Gradient),
-    "decay_in": get_args(DecayIn),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How one weight is trained; made by the functions of this module.
-
-    Attributes:
-      name: The method, for tables and messages; no code branches on it.
-      pattern: n kept of every m; None for a dense weight.
-      fprop: The operand of `y = x · W` that is N:M along the contracted axis.
-      dgrad: The same for `dx = dy · Wᵀ`; None = this GEMM has no N:M operand. (It
-        still multiplies by the masked weight: a mask along fprop's axis cannot
-        speed it up.)
-      wgrad: The same for `dW = xᵀ · dy`.
-      refresh: Optimizer steps between two choices of the mask: 1 = from the weight
-        wherever it is used, nothing stored; k > 1 = by `nmjax.refresh` at every k-th
-        step, stored in between; None = once, by `nmjax.init_state`, and kept.
-      gradient: "straight-through" = dropped weights receive the gradient of the
-        masked weight; "masked" = they receive none.
-      decay: λ of SR-STE, added to the gradient as λ(1 − E)W; 0 = none.
-      decay_in: Who adds it: "op" = the backward pass, once for each use of the
-        weight; "optimizer" = `nmjax.add_decay`, once for each optimizer step.
-    """
-
-    name: str
-    pattern: NMPattern | None = None
-    fprop: Operand | None = None
-    dgrad: Operand | None = None
-    wgrad: Operand | None = None
-    refresh: int | None = 1
-    gradient: Gradient = "straight-through"
-    decay: float = 0.0
-    decay_in: DecayIn = "op"
-
-    def __post_init__(self):
-        """Refuses values that no method has."""
-        refresh, decay = self.refresh, self.decay
-        if refresh is not None and (type(refresh) is not int or refresh < 1):
-            raise ValueError(
-                f"refresh must be a number of steps from 1 up, or None, got {refresh!r}"
-            )
-        if isinstance(decay, bool) or not isinstance(decay, int | float):
-            raise ValueError(
-                f"decay must be a number, got {decay!r}; for a schedule use "
-                'decay_in="optimizer" and nmjax.add_decay(plan, schedule)'
-            )
-        if not (math.isfinite(decay) and decay >= 0):
-            raise ValueError(f"decay must be finite and at least 0, got {decay}")
-        for field, words in _WORDS.items():
-            if getattr(self, field) not in words:
-                raise ValueError(
-                    f"{field} must be one of {words}, got {getattr(self, field)!r}"
-                )
-        if self.sparse != any((self.fprop, self.dgrad, self.wgrad)):
-            raise ValueError(
-                f"pattern={self.pattern} and the operands fprop={self.fprop}, "
-                f"dgrad={self.dgrad}, wgrad={self.wgrad} contradict each other"
-            )
-        if decay and self.gradient == "masked":
-            raise ValueError(f'decay={decay} has no effect with gradient="masked"')
-
-    @property
-    def sparse(self) -> bool:
-        """Whether any GEMM has an N:M operand."""
-        return self.pattern is not None
-
-    @property
-    def needs_state(self) -> bool:
-        """Whether a forward pass needs the mask from `nmjax.init_state`."""
-        return self.sparse and self.refresh != 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON data; `from_dict` reads it back."""
-        fields = dataclasses.asdict(self)
-        fields["pattern"] = str(self.pattern) if self.pattern else None
-        return fields
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Recipe":
-        """Reads what `to_dict` wrote.
-
-        Raises:
-          ValueError: A field is unknown or missing: written by another version.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != known:
-            raise ValueError(
-                f"not a recipe of this version of nmjax: {fields!r} should have "
-                f"exactly the fields {sorted(known)}"
-            )
-        pattern = fields["pattern"]
-        return cls(**{**fields, "pattern": NMPattern(pattern) if pattern else None})
+Pattern = str | NMPattern
+_ALWAYS = Schedule()
+_LAST_SIXTH_DENSE = Schedule(dense_from=5 / 6)
+_CONSTANT = Temperature()
 
 
 def dense() -> Recipe:
@@ -128,24 +21,45 @@ def dense() -> Recipe:
     return Recipe("dense")
 
 
-def ste(pattern: str | NMPattern, *, refresh: int = 1) -> Recipe:
+def ste(
+    pattern: Pattern,
+    *,
+    refresh: int = 1,
+    multipliers: tuple[float, float] = (1.0, 1.0),
+    schedule: Schedule = _ALWAYS,
+) -> Recipe:
     """Magnitude masks with the straight-through gradient (arXiv:2102.04010).
+
+        y = x · (E ⊙ W)        dW = a E ⊙ G + b (1 − E) ⊙ G,   G = xᵀ · dy
 
     Args:
       pattern: n kept of every m.
       refresh: Optimizer steps between two choices of the mask.
+      multipliers: (a, b), as xformers' `sparsify24_ste` has them; (1, 1) is plain.
+      schedule: When the recipe acts.
     """
-    return Recipe("ste", NMPattern(pattern), fprop="weight", refresh=refresh)
+    return Recipe(
+        "ste",
+        NMPattern(pattern),
+        fprop="weight",
+        mask="magnitude",
+        refresh=refresh,
+        multipliers=multipliers,
+        schedule=schedule,
+    )
 
 
 def sr_ste(
-    pattern: str | NMPattern,
+    pattern: Pattern,
     *,
     decay: float = 2e-4,
     decay_in: DecayIn = "op",
     refresh: int = 1,
+    schedule: Schedule = _ALWAYS,
 ) -> Recipe:
     """Straight-through gradient plus λ(1 − E)W (SR-STE, arXiv:2102.04010).
+
+        y = x · (E ⊙ W)        dW = xᵀ · dy + λ (1 − E) ⊙ W
 
     Args:
       pattern: n kept of every m.
@@ -156,51 +70,344 @@ def sr_ste(
         devices and micro-batches and whatever the loss scale.
       refresh: Optimizer steps between two choices of the mask; above 1 the masks
         live in the state, and the training loop calls `nmjax.refresh`.
+      schedule: When the recipe acts.
     """
     return Recipe(
         "sr_ste",
         NMPattern(pattern),
         fprop="weight",
+        mask="magnitude",
         refresh=refresh,
         decay=decay,
         decay_in=decay_in,
+        schedule=schedule,
     )
 
 
-def one_shot(pattern: str | NMPattern) -> Recipe:
+def transposable(
+    pattern: Pattern,
+    *,
+    decay: float = 0.0,
+    decay_in: DecayIn = "op",
+    refresh: int = 40,
+    schedule: Schedule = _ALWAYS,
+) -> Recipe:
+    """One mask that is N:M along both axes of W (arXiv:2102.08124).
+
+        y = x · (E ⊙ W)        dx = dy · (E ⊙ W)ᵀ        E = argmax Σ E ⊙ |W|
+
+    over all masks that keep n of every m in each row and column of each m × m tile,
+    so that fprop and dgrad both have an N:M operand.
+
+    Args:
+      pattern: n kept of every m, along both axes.
+      decay: λ as in `sr_ste`; the paper has none (straight-through).
+      decay_in: As in `sr_ste`.
+      refresh: Optimizer steps between two choices of the mask; the paper's 40.
+      schedule: When the recipe acts.
+    """
+    return Recipe(
+        "transposable",
+        NMPattern(pattern),
+        fprop="weight",
+        dgrad="weight",
+        mask="transposable",
+        refresh=refresh,
+        decay=decay,
+        decay_in=decay_in,
+        schedule=schedule,
+    )
+
+
+def bi_mask(
+    pattern: Pattern, *, refresh: int = 1, schedule: Schedule = _ALWAYS
+) -> Recipe:
+    """A second mask for dgrad (Bi-Mask, arXiv:2302.06058).
+
+        y = x · (E ⊙ W)        dx = dy · (E' ⊙ W)ᵀ        dW = xᵀ · dy
+
+    E keeps the n largest magnitudes of every m along the input axis, E' along the
+    output axis. (The paper also permutes rows of W to bring E' closer to E; this
+    recipe does not.)
+
+    Args:
+      pattern: n kept of every m.
+      refresh: Optimizer steps between two choices of the masks.
+      schedule: When the recipe acts.
+    """
+    return Recipe(
+        "bi_mask",
+        NMPattern(pattern),
+        fprop="weight",
+        dgrad="weight-own-mask",
+        mask="magnitude",
+        refresh=refresh,
+        schedule=schedule,
+    )
+
+
+def fst(
+    pattern: Pattern = "2:4", *, refresh: int = 1, schedule: Schedule = _ALWAYS
+) -> Recipe:
+    """All three GEMMs with an N:M operand (FST, AAAI 2022).
+
+        y = x · (E ⊙ W)        dx = dy · (E' ⊙ W)ᵀ        dW = Σ_k x_kᵀ · Σ_{t → k} dy_t
+
+    fprop and dgrad as in `bi_mask`. In wgrad n of every m tokens are kept at fixed
+    places, and the dy of a token t that is left out joins that of the kept one k
+    before it, to which spatial neighbours are similar (information restoration). Where
+    the x of such tokens are equal dW is exact. This GEMM contracts half the tokens for
+    2:4, without a sparse tensor core. The authors' code is not public: the
+    restoration follows their description.
+
+    Args:
+      pattern: n kept of every m; the paper's is 2:4.
+      refresh: Optimizer steps between two choices of the masks.
+      schedule: When the recipe acts.
+    """
+    return Recipe(
+        "fst",
+        NMPattern(pattern),
+        fprop="weight",
+        dgrad="weight-own-mask",
+        wgrad="activation-fixed",
+        mask="magnitude",
+        refresh=refresh,
+        schedule=schedule,
+    )
+
+
+def semi_sparse_weight(
+    *,
+    algorithm: str = "largest_abs_values_greedy",
+    multipliers: tuple[float, float] = (1.0, 1.0),
+    refresh: int = 1,
+    schedule: Schedule = _ALWAYS,
+) -> Recipe:
+    """2:4 weights by 4×4 tiles, as torchao's SemiSparseLinear.
+
+        y = x · (E ⊙ W)        dx = dy · (E ⊙ W)ᵀ        dW = xᵀ · dy
+
+    E keeps at most 2 of 4 along both axes of each tile of W, greedily from the
+    heaviest weight on.
+
+    Args:
+      algorithm: Of `nmjax.masks.tile_mask`, applied to W as torchao has it, (out, in).
+        torchao's own default, "largest_values_greedy", ranks by signed value, which
+        keeps 54 % of the magnitude of normal weights, against 69 %. Those of one
+        dimension leave dgrad without an N:M operand.
+      multipliers: As in `ste`; (1, 0) lets the gradient reach kept weights only.
+      refresh: Optimizer steps between two choices of the mask.
+      schedule: When the recipe acts; torchao's recipe is dense from 0.7 on:
+        `Schedule(dense_from=0.7)`.
+    """
+    return Recipe(
+        "semi_sparse_weight",
+        NMPattern(2, 4),
+        fprop="weight",
+        dgrad="weight" if transposes(algorithm) else None,
+        mask="tile",
+        tile=algorithm,
+        refresh=refresh,
+        multipliers=multipliers,
+        schedule=schedule,
+    )
+
+
+def semi_sparse_activation(
+    *,
+    algorithm: str = "largest_values_greedy",
+    schedule: Schedule = _ALWAYS,
+) -> Recipe:
+    """2:4 activations by 4×4 tiles, as torchao's SemiSparseActivationLinear.
+
+        y = (E ⊙ x) · W        dx = dy · Wᵀ        dW = (E ⊙ x)ᵀ · dy
+
+    E keeps at most 2 of 4 along both axes of each tile of the (tokens, features)
+    matrix x; the gradient passes straight through it. W is dense. Made for inputs
+    that are sparse by themselves, such as those after a squared ReLU
+    (arXiv:2503.16672). Where the number of tokens is not a multiple of 4 the last tile
+    is filled with zeros.
+
+    Args:
+      algorithm: Of `nmjax.masks.tile_mask`; torchao's default ranks by signed value.
+      schedule: When the recipe acts.
+    """
+    return Recipe(
+        "semi_sparse_activation",
+        NMPattern(2, 4),
+        fprop="activation",
+        wgrad="activation" if transposes(algorithm) else None,
+        tile=algorithm,
+        schedule=schedule,
+    )
+
+
+def two_by_four(
+    *,
+    decay: float = 6e-5,
+    refresh: int = 40,
+    schedule: Schedule = _LAST_SIXTH_DENSE,
+) -> Recipe:
+    """2:4 in all three GEMMs for Transformers (arXiv:2404.01847).
+
+        y = x · (E ⊙ W)        dx = dy · (E ⊙ W)ᵀ        dW = xᵀ · MVUE(dy)
+
+    E is transposable; MVUE keeps 2 of every 4 tokens of dy, unbiased and with the
+    least variance, which needs a key (`rngs={"nm": key}`; for nnx
+    `nmjax.nnx.set_key`). Masked decay α(1 − E)W is added to the gradient before Adam,
+    by `nmjax.add_decay(plan)`: `nmjax.choose_decay` picks α from flip rates in warm-up.
+
+    Args:
+      decay: α; the authors use 6e-5 and 2e-4 for GPT-2, 1e-3 for DeiT-base.
+      refresh: Optimizer steps between two choices of the mask; theirs is 40.
+      schedule: When the recipe acts; theirs trains the last sixth dense.
+    """
+    return Recipe(
+        "two_by_four",
+        NMPattern(2, 4),
+        fprop="weight",
+        dgrad="weight",
+        wgrad="gradient",
+        mask="transposable",
+        refresh=refresh,
+        decay=decay,
+        decay_in="optimizer",
+        schedule=schedule,
+    )
+
+
+def s_ste(pattern: Pattern = "2:4", *, schedule: Schedule = _ALWAYS) -> Recipe:
+    """Continuous pruning by a soft threshold (S-STE, arXiv:2409.09099).
+
+        y = x · β S(W)        S(a) = sign(a) · max(|a| − t, 0)        dW = xᵀ · dy
+
+    t is the (m − n)-th smallest magnitude of a group, so that S is continuous where
+    the order of two weights changes. β = ⟨W, S(W)⟩ / ‖S(W)‖² brings S(W) closest to W;
+    `nmjax.init_state` computes it once for each weight and it stays. The gradient
+    passes as through the identity.
+
+    Args:
+      pattern: n kept of every m.
+      schedule: When the recipe acts.
+    """
+    return Recipe(
+        "s_ste",
+        NMPattern(pattern),
+        fprop="weight",
+        mask="soft-threshold",
+        schedule=schedule,
+    )
+
+
+def step(
+    pattern: Pattern,
+    *,
+    decay: float = 0.0,
+    dense_until: float = 0.1,
+) -> Recipe:
+    """The sparse half of STEP (arXiv:2302.01172): dense, then straight-through.
+
+    STEP trains dense until Adam's second moment is reliable, then keeps that moment
+    as a fixed preconditioner and trains with masks. The optimizer is
+    `nmjax.two_phase_adam`, which finds the moment of the change by itself or takes it
+    as a number; this recipe is dense before `dense_until`. Give both the same one.
+
+    Args:
+      pattern: n kept of every m.
+      decay: λ as in `sr_ste`, added by `nmjax.add_decay`; 0 = straight-through.
+      dense_until: The share of the run that is dense; the paper searches between 0.1
+        and 0.5.
+    """
+    return Recipe(
+        "step",
+        NMPattern(pattern),
+        fprop="weight",
+        mask="magnitude",
+        decay=decay,
+        decay_in="optimizer" if decay else "op",
+        schedule=Schedule(dense_until=dense_until),
+    )
+
+
+def learned(
+    pattern: Pattern = "2:4",
+    *,
+    temperature: Temperature = _CONSTANT,
+    train_weights: bool = False,
+    schedule: Schedule = _ALWAYS,
+) -> Recipe:
+    """Masks learned by Gumbel-softmax, weights as they are (arXiv:2411.00288).
+
+        E = P[argmax(ℓ + g)]        ∂E/∂ℓ as of P · softmax((ℓ + g) / τ)
+
+    Each group has a logit ℓ for each of its C(m, n) patterns P and Gumbel noise g.
+    The logits, from `nmjax.init_logits`, are what trains: collection "nm_logits" in
+    linen, `nmjax.nnx.NMLogits` (an `nnx.Param`) in nnx. Training needs a key; without
+    one, as in evaluation, g is 0.
+
+    Args:
+      pattern: n kept of every m.
+      temperature: τ by step, set by `nmjax.refresh`; the paper's is 1.
+      train_weights: Whether kept weights receive their gradient. False: weights
+        receive exactly zero (an optimizer may still move them by weight decay).
+      schedule: When the recipe acts.
+    """
+    return Recipe(
+        "learned",
+        NMPattern(pattern),
+        fprop="weight",
+        mask="learned",
+        gradient="masked" if train_weights else "none",
+        temperature=temperature,
+        schedule=schedule,
+    )
+
+
+def one_shot(pattern: Pattern, *, schedule: Schedule = _ALWAYS) -> Recipe:
     """Prunes once by magnitude; dropped weights stay zero in the forward pass.
 
     The mask is chosen from the parameters given to `nmjax.init_state` and kept;
     the gradient reaches kept weights only, as in NVIDIA's ASP.
+
+    Args:
+      pattern: n kept of every m.
+      schedule: When the recipe acts.
     """
     return Recipe(
         "one_shot",
         NMPattern(pattern),
         fprop="weight",
+        mask="magnitude",
         refresh=None,
         gradient="masked",
+        schedule=schedule,
     )
 
 
-def frozen(
-    pattern: str | NMPattern, *, decay: float = 0.0, decay_in: DecayIn = "op"
-) -> Recipe:
+def frozen(pattern: Pattern, *, decay: float = 0.0, decay_in: DecayIn = "op") -> Recipe:
     """A mask that `nmjax.init_state` chooses once, with SR-STE's gradient.
 
     The last phase of a training run: the mask no longer moves, dropped weights go on
     receiving the straight-through gradient, plus λ(1 − E)W where `decay` is set.
+
+    Args:
+      pattern: n kept of every m.
+      decay: λ as in `sr_ste`.
+      decay_in: As in `sr_ste`.
     """
     return Recipe(
         "frozen",
         NMPattern(pattern),
         fprop="weight",
+        mask="magnitude",
         refresh=None,
         decay=decay,
         decay_in=decay_in,
     )
 
 
-def as_recipe(recipe: "Recipe | str | NMPattern | None") -> Recipe:
+def as_recipe(recipe: "Recipe | Pattern | None") -> Recipe:
     """A recipe as users may write it: None = dense, "2:4" = SR-STE of that pattern."""
     match recipe:
         case None:

@@ -8,6 +8,7 @@ head_dim)` contracts its first axis, the output projection's its first two, and 
 scanned Dense kernel has the same rank as either.
 """
 
+import contextvars
 from typing import Any
 
 import jax
@@ -44,6 +45,7 @@ def find_candidates(
         the model wraps a layer in `nn.WeightNorm` or `nn.SpectralNorm`.
     """
     found: dict[str, dict[str, Any]] = {}
+    recording = _RECORDING.set(True)
     token = object()  # in every box: a cached inner jit would not call the interceptor
 
     def note(next_function, call_args, call_kwargs, context):
@@ -62,14 +64,19 @@ def find_candidates(
 
     def run(variables):
         params = map_named(
-            lambda path, leaf: _Tag(leaf, (token, path, tuple(range(-leaf.ndim, 0)))),
+            lambda path, leaf: _Tag(
+                leaf, (token, path, leaf.ndim, tuple(range(-leaf.ndim, 0)))
+            ),
             variables["params"],
             keep_boxes=False,
         )
         with nn.intercept_methods(note):
             model.apply({**variables, "params": params}, *args, **kwargs)
 
-    jax.eval_shape(run, variables)
+    try:
+        jax.eval_shape(run, variables)
+    finally:
+        _RECORDING.reset(recording)
     return [
         Candidate(
             path,
@@ -80,6 +87,14 @@ def find_candidates(
         for path, leaf in named_leaves(variables["params"]).items()
         if is_weight(path, found.get(path, {}).pop("ndim", leaf.ndim))
     ]
+
+
+_RECORDING: contextvars.ContextVar[bool] = contextvars.ContextVar("recording")
+
+
+def is_recording() -> bool:
+    """Whether a model runs for its geometry alone: its state may be missing."""
+    return _RECORDING.get(False)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -103,9 +118,9 @@ class _Tag(meta.AxisMetadata):
         return _Tag(val, self.static)
 
     def remove_axis(self, index, params):
-        token, path, axes = self.static
+        *static, axes = self.static
         index %= len(axes)
-        return _Tag(self.value, (token, path, axes[:index] + axes[index + 1 :]))
+        return _Tag(self.value, (*static, axes[:index] + axes[index + 1 :]))
 
     def add_axis(self, index, params):
         return self  # only on the way out, where nobody looks
@@ -116,13 +131,18 @@ def _note_layer(found, layer, args, kwargs):
     tag = layer.scope.get_variable("params", "kernel")
     if not isinstance(tag, _Tag):
         return
-    axes = contracted_axes(layer, tag.value.ndim, args, kwargs)
+    ndim = tag.value.ndim
+    axes = contracted_axes(layer, ndim, args, kwargs)
     if axes is None:
         return
-    _, path, stored = tag.static
+    _, path, rank, stored = tag.static
+    outputs = output_axes(layer, ndim, args, kwargs)
     note = {
         "layer": type(layer).__name__,
         "axes": tuple(stored[axis] for axis in axes),
+        "out_axes": tuple(stored[axis] for axis in outputs),
+        "stacked": tuple(a for a in range(-rank, 0) if a not in stored),
+        "weight_only": isinstance(layer, nn.ConvTranspose),
         "reason": why_no_hook(layer, tag.value.shape),
         "recipe": getattr(layer, "nm_recipe", None),
         "ndim": tag.value.ndim,
@@ -177,9 +197,38 @@ def contracted_axes(
         case nn.ConvTranspose():
             return (ndim - 1 if layer.transpose_kernel else ndim - 2,)
         case nn.Einsum():
-            equation = layer.einsum_str or kwargs.get("einsum_str") or args[1]
-            return einsum_axes(equation)
+            return einsum_axes(equation_of(layer, args, kwargs))
     return None
+
+
+def output_axes(
+    layer: nn.Module, ndim: int, args: tuple, kwargs: dict[str, Any]
+) -> tuple[int, ...]:
+    """The kernel axes that run over a linen layer's outputs: dgrad contracts them.
+
+    Args:
+      layer: A layer that `contracted_axes` knows.
+      ndim: Rank of its kernel inside the layer.
+      args: Arguments of its call.
+      kwargs: Keyword arguments of its call.
+
+    Returns:
+      Positions counted from the front.
+    """
+    match layer:
+        case nn.DenseGeneral():
+            first = _length(layer.batch_dims) + _length(layer.axis)
+            return tuple(range(first, ndim))
+        case nn.ConvTranspose():
+            return (ndim - 2 if layer.transpose_kernel else ndim - 1,)
+        case nn.Einsum():
+            return einsum_out_axes(equation_of(layer, args, kwargs))
+    return (ndim - 1,)
+
+
+def equation_of(layer: nn.Einsum, args: tuple, kwargs: dict[str, Any]) -> str:
+    """The equation of one call of an Einsum layer."""
+    return layer.einsum_str or kwargs.get("einsum_str") or args[1]
 
 
 def _length(axes: Any) -> int:
@@ -197,6 +246,21 @@ def einsum_axes(equation: str) -> tuple[int, ...] | None:
     kernel = operands.split(",")[1]
     axes = tuple(i for i, letter in enumerate(kernel) if letter not in result)
     return None if "." in kernel or not axes else axes
+
+
+def einsum_out_axes(equation: str) -> tuple[int, ...]:
+    """The axes of the second operand that only the result has beside it.
+
+    Returns:
+      Positions counted from the front.
+    """
+    operands, result = equation.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")
+    return tuple(
+        i
+        for i, letter in enumerate(kernel)
+        if letter in result and letter not in inputs
+    )
 
 
 def own_hook(layer: nn.Module) -> str:

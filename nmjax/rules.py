@@ -7,7 +7,8 @@ from typing import Literal
 
 from nmjax.masks import Ragged
 from nmjax.pattern import NMPattern
-from nmjax.recipes import Recipe, as_recipe
+from nmjax.recipe import Recipe
+from nmjax.recipes import as_recipe
 
 
 @dataclasses.dataclass(frozen=True)

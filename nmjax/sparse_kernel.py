@@ -9,100 +9,18 @@ the length of one call.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.core import meta
 from jax import lax
 
-from nmjax import estimators
-from nmjax.masks import Ragged, magnitude_mask
-from nmjax.ops import nm_conv, nm_dot_general
+from nmjax.ops import nm_conv, nm_dot_general, nm_einsum
 from nmjax.paths import map_named
-from nmjax.pattern import NMPattern
-from nmjax.planning import Plan, PlanEntry
-from nmjax.recipes import Recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class Sparsity:
-    """The static facts of one sparse parameter.
-
-    Attributes:
-      path: Slash-joined path, for messages.
-      recipe: Always sparse.
-      axis: The axis along which groups run, counted from the end.
-      ragged: As in `nmjax.Rule`.
-    """
-
-    path: str
-    recipe: Recipe
-    axis: int
-    ragged: Ragged | None = None
-
-    @classmethod
-    def of(cls, entry: PlanEntry) -> "Sparsity":
-        """The facts that a sparse entry of a plan holds.
-
-        Raises:
-          ValueError: The entry is dense.
-        """
-        if entry.recipe is None:
-            raise ValueError(f"{entry.path} is dense in this plan: {entry.reason}")
-        return cls(entry.path, entry.recipe, entry.axis, entry.ragged)
-
-    @property
-    def pattern(self) -> NMPattern:
-        """The recipe's pattern."""
-        return cast(NMPattern, self.recipe.pattern)
-
-    def choose_mask(self, w: jax.Array) -> jax.Array:
-        """The mask of `w` as stored: bool, its shape, True = kept."""
-        return magnitude_mask(w, self.pattern, axis=self.axis, ragged=self.ragged)
-
-    def mask(self, w: jax.Array, stored: jax.Array | None) -> jax.Array:
-        """The mask that acts on `w`: the stored one if there is one.
-
-        Raises:
-          ValueError: The recipe keeps its mask in the state and there is none, or
-            the stored one has another shape.
-        """
-        if stored is None:
-            if self.recipe.needs_state:
-                raise ValueError(
-                    f"{self.path}: recipe {self.recipe.name!r} keeps its mask in the "
-                    "state and none was given; call state = nmjax.init_state(params, "
-                    'plan) and pass it: model.apply({"params": params, "nm": state}, '
-                    "...)"
-                )
-            return self.choose_mask(w)
-        if stored.shape != w.shape:
-            raise ValueError(
-                f"{self.path}: the state holds a mask of shape {stored.shape} for a "
-                f"weight of shape {w.shape}; make it anew with nmjax.init_state"
-            )
-        return stored
-
-    def apply(self, w: jax.Array, stored: jax.Array | None = None) -> jax.Array:
-        """The masked weight with the gradient that the recipe prescribes.
-
-        Args:
-          w: Master weight as stored.
-          stored: Mask from the state, or None.
-
-        Returns:
-          Shape and dtype of `w`.
-
-        Raises:
-          ValueError: As `mask`.
-        """
-        recipe, mask = self.recipe, self.mask(w, stored)
-        if recipe.gradient == "masked":
-            return estimators.masked(w, mask)
-        decay = recipe.decay if recipe.decay_in == "op" else 0
-        return estimators.straight_through(w, mask, decay)
+from nmjax.planning import Plan
+from nmjax.sparsity import NO_KEY, Sparsity
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,13 +29,13 @@ class SparseKernel:
 
     Attributes:
       value: Master weight as stored.
-      mask: Mask from the state, or None.
+      entry: What the state holds for it, with logits and key where there are any.
       sparsity: The static facts.
       compute_dtype: What the masked weight is cast to; None = the master's dtype.
     """
 
     value: jax.Array
-    mask: jax.Array | None
+    entry: Mapping[str, jax.Array]
     sparsity: Sparsity
     compute_dtype: Any = None
 
@@ -131,8 +49,19 @@ class SparseKernel:
         return dataclasses.replace(self, compute_dtype=dtype)
 
     def masked(self) -> jax.Array:
-        """The masked weight in the compute dtype, differentiable."""
-        return self.sparsity.apply(self.value, self.mask).astype(self.dtype)
+        """The weight that fprop reads, in the compute dtype, differentiable."""
+        return self.sparsity.apply(self.value, self.entry).astype(self.dtype)
+
+    def aux(self) -> dict[str, Any]:
+        """What the three GEMMs need besides: keyword arguments of `nmjax.ops`."""
+        w_dgrad = self.sparsity.apply_dgrad(self.value, self.entry)
+        key = self.entry.get("key")
+        return {
+            "recipe": self.sparsity.recipe,
+            "w_dgrad": None if w_dgrad is None else w_dgrad.astype(self.dtype),
+            "key": None if key is None else key.reshape(-1)[0],
+            "no_key": f"{self.sparsity.path}: {NO_KEY}",
+        }
 
     def __jax_array__(self) -> jax.Array:
         """Lets jnp functions that convert their arguments read the masked weight."""
@@ -141,47 +70,58 @@ class SparseKernel:
 
 @jax.tree_util.register_pytree_with_keys_class
 class KernelBox(meta.AxisMetadata):
-    """A `SparseKernel` in a variable tree; Flax opens it where the layer reads it."""
+    """A `SparseKernel` in a variable tree; Flax opens it where the layer reads it.
 
-    def __init__(self, value: Any, mask: Any, sparsity: Sparsity):
-        """Children of the pytree: `value` and `mask`; static: `sparsity`."""
-        self.value, self.mask, self.sparsity = value, mask, sparsity
+    All arrays of `entry` have the rank of `value`, logits in their flat form, so that
+    a transformation of the model slices them as it slices the kernel.
+    """
+
+    def __init__(self, value: Any, entry: Any, sparsity: Sparsity):
+        """Children of the pytree: `value` and `entry`; static: `sparsity`."""
+        self.value, self.entry, self.sparsity = value, entry, sparsity
 
     def tree_flatten_with_keys(self):
         """Keys, children and static data, as jax asks for them."""
         attribute = jax.tree_util.GetAttrKey
-        children = ((attribute("value"), self.value), (attribute("mask"), self.mask))
+        children = ((attribute("value"), self.value), (attribute("entry"), self.entry))
         return children, self.sparsity
 
     @classmethod
     def tree_unflatten(cls, sparsity, children):
         """The inverse of `tree_flatten_with_keys`."""
-        value, mask = children
-        return cls(value, mask, sparsity)
+        value, entry = children
+        return cls(value, entry, sparsity)
 
     def unbox(self) -> SparseKernel:
         """What the layer's `self.param` returns."""
-        return SparseKernel(self.value, self.mask, self.sparsity)
+        entry = dict(self.entry)
+        if "logits" in entry:
+            entry["logits"] = self.sparsity.unflat_logits(entry["logits"])
+        return SparseKernel(self.value, entry, self.sparsity)
 
     def replace_boxed(self, val: Any) -> "KernelBox":
         """The same box around another value."""
-        return KernelBox(val, self.mask, self.sparsity)
+        return KernelBox(val, self.entry, self.sparsity)
 
     def remove_axis(self, index: int, params: Any) -> "KernelBox":
         """For the inside of a scan or vmap that takes axis `index` off `value`."""
         del params
-        ndim, axis = self.value.ndim, self.sparsity.axis
-        return self._with_axis(axis + (index % ndim > ndim + axis))
+        ndim = self.value.ndim
+        return self._with_axes(lambda axis: axis + (index % ndim > ndim + axis))
 
     def add_axis(self, index: int, params: Any) -> "KernelBox":
         """For the outside of a scan or vmap that put axis `index` into `value`."""
         del params
-        ndim, axis = self.value.ndim, self.sparsity.axis
-        return self._with_axis(axis - (index % ndim >= ndim + axis))
+        ndim = self.value.ndim
+        return self._with_axes(lambda axis: axis - (index % ndim >= ndim + axis))
 
-    def _with_axis(self, axis: int) -> "KernelBox":
-        sparsity = dataclasses.replace(self.sparsity, axis=axis)
-        return KernelBox(self.value, self.mask, sparsity)
+    def _with_axes(self, move: Callable[[int], int]) -> "KernelBox":
+        sparsity = dataclasses.replace(
+            self.sparsity,
+            axis=move(self.sparsity.axis),
+            out_axis=move(self.sparsity.out_axis),
+        )
+        return KernelBox(self.value, self.entry, sparsity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +170,8 @@ class DotGeneral:
         """As `lax.dot_general`."""
         if not isinstance(kernel, SparseKernel):
             return lax.dot_general(x, kernel, *args, **kwargs)
-        return nm_dot_general(x, kernel.masked(), *args, **_without_out(kwargs))
+        kwargs = _without_out(kwargs) | kernel.aux()
+        return nm_dot_general(x, kernel.masked(), *args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,10 +182,23 @@ class ConvGeneralDilated:
         """As `lax.conv_general_dilated`."""
         if not isinstance(kernel, SparseKernel):
             return lax.conv_general_dilated(x, kernel, *args, **kwargs)
-        return nm_conv(x, kernel.masked(), *args, **_without_out(kwargs))
+        kwargs = _without_out(kwargs) | kernel.aux()
+        return nm_conv(x, kernel.masked(), *args, **kwargs)
 
 
-OPS = (DotGeneral, ConvGeneralDilated)
+@dataclasses.dataclass(frozen=True)
+class Einsum:
+    """Hook for `einsum_op`: three GEMMs with a sparse kernel, else jnp."""
+
+    def __call__(self, equation: str, x: Any, kernel: Any, **kwargs: Any) -> jax.Array:
+        """As `jnp.einsum` of two operands."""
+        if not isinstance(kernel, SparseKernel):
+            return jnp.einsum(equation, x, kernel, **kwargs)
+        kwargs = _without_out(kwargs) | kernel.aux()
+        return nm_einsum(equation, x, kernel.masked(), **kwargs)
+
+
+OPS = (DotGeneral, ConvGeneralDilated, Einsum)
 
 
 def _without_out(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -257,16 +211,42 @@ def _without_out(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def box_kernels(params: Any, plan: Plan, masks: dict[str, jax.Array]) -> Any:
-    """Puts every sparse kernel of `params` into its box, for one call."""
+def box_kernels(
+    params: Any,
+    plan: Plan,
+    entries: Mapping[str, Mapping[str, jax.Array]],
+    logits: Mapping[str, jax.Array],
+    key: jax.Array | None,
+) -> Any:
+    """Puts every sparse kernel of `params` into its box, for one call.
+
+    Args:
+      params: Parameter tree.
+      plan: The plan.
+      entries: By path, what the state holds.
+      logits: By path, logits of learned masks.
+      key: PRNG key of the call, or None; each parameter draws from it by its path.
+    """
     sparse = {entry.path: Sparsity.of(entry) for entry in plan.sparse}
 
     def box(path, leaf):
         if path not in sparse:
             return leaf
-        return KernelBox(jnp.asarray(leaf), masks.get(path), sparse[path])
+        sparsity, w = sparse[path], jnp.asarray(leaf)
+        known = entries.get(path, {})
+        entry = {name: x for name, x in known.items() if name != "flip_rate"}
+        if path in logits:
+            entry["logits"] = sparsity.flat_logits(logits[path])
+        if key is not None and sparsity.recipe.draws:
+            entry["key"] = keys_of(key, sparsity, w.shape)
+        return KernelBox(w, entry, sparsity)
 
     return map_named(box, params, keep_boxes=False)
+
+
+def keys_of(key: jax.Array, sparsity: Sparsity, shape: tuple[int, ...]) -> jax.Array:
+    """The keys of a parameter for one call: one, or one for each that is stacked."""
+    return jax.random.split(sparsity.own_key(key), sparsity.number_shape(shape))
 
 
 def open_boxes(tree: Any) -> Any:

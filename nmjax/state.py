@@ -1,7 +1,7 @@
 """The state: masks that outlive a step, and what is made of parameters and masks.
 
 A state mirrors the parameter tree in plain dictionaries; each sparse parameter whose
-recipe keeps a mask has an entry at its path:
+recipe keeps something has an entry at its path, described in `nmjax.sparsity`:
 
     {"block1": {"conv1": {"kernel": {"mask": bool array, ...}}}}
 
@@ -17,21 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.paths import join, map_named, named_leaves, nest
-from nmjax.planning import NOT_USED, Plan, check_sharding
-from nmjax.sparse_kernel import Sparsity
+from nmjax.planning import NOT_USED, Plan, check_entry_sharding
+from nmjax.sparsity import MASKS, Sparsity
 
 NMState = dict[str, Any]
 
 
 def init_state(params: Any, plan: Plan) -> NMState:
-    """Chooses the masks of recipes that keep them, from the weights as stored.
+    """Chooses what recipes keep, such as masks, from the weights as stored.
 
     Args:
       params: Parameter tree that the plan was made for.
       plan: From `nmjax.plan` or `nmjax.plan_params`.
 
     Returns:
-      The state; `{}` where no recipe keeps a mask.
+      The state; `{}` where no recipe keeps anything.
 
     Raises:
       ValueError: A parameter of the plan is missing or has another shape, or its
@@ -40,10 +40,70 @@ def init_state(params: Any, plan: Plan) -> NMState:
     flat: dict[str, Any] = {}
     for sparsity, w in _sparse_weights(params, plan):
         if sparsity.recipe.needs_state:
-            entry = {"mask": sparsity.choose_mask(w)}
-            if sparsity.recipe.refresh is not None:
-                entry["flip_rate"] = jnp.zeros((), jnp.float32)
-            flat[sparsity.path] = entry
+            flat[sparsity.path] = sparsity.init(w)
+    return nest(flat)
+
+
+def init_logits(params: Any, plan: Plan) -> dict[str, Any]:
+    """Logits of the learned masks: what trains, beside or instead of the parameters.
+
+    Args:
+      params: Parameter tree that the plan was made for.
+      plan: The plan.
+
+    Returns:
+      Nested dictionaries with an array at the path of each parameter whose mask is
+      learned, see `nmjax.masks.learned`; all patterns are equally probable. In linen
+      they are the collection "nm_logits".
+
+    Raises:
+      ValueError: As `init_state`.
+    """
+    return nest(
+        {
+            sparsity.path: sparsity.init_logits(w)
+            for sparsity, w in _sparse_weights(params, plan)
+            if sparsity.recipe.mask == "learned"
+        }
+    )
+
+
+def next_state(params: Any, plan: Plan, state: NMState, before: Plan) -> NMState:
+    """The state with which a phase of another plan begins; jittable.
+
+    Args:
+      params: Parameters at the border.
+      plan: Of the phase that begins.
+      state: In force so far: from `init_state`, `refresh` or `prepare`.
+      before: Of the phase that ends.
+
+    Returns:
+      As `init_state(params, plan)`, except that a recipe that chooses its mask once
+      takes over the mask in force where pattern and axes are the same (masks freeze as
+      they are), and a soft threshold its scale.
+
+    Raises:
+      ValueError: As `init_state`.
+    """
+    known, earlier = state_entries(state, before), {e.path: e for e in before.sparse}
+    flat: dict[str, Any] = {}
+    for sparsity, w in _sparse_weights(params, plan):
+        path, recipe = sparsity.path, sparsity.recipe
+        if not recipe.needs_state:
+            continue
+        entry = sparsity.init(w)
+        old = Sparsity.of(earlier[path]) if path in earlier else None
+        same = (
+            old is not None
+            and old.pattern == sparsity.pattern
+            and old.recipe.mask == recipe.mask
+            and (old.axis, old.out_axis) == (sparsity.axis, sparsity.out_axis)
+        )
+        kept = {"scale"} if recipe.refresh is not None else {"scale", *MASKS}
+        if same:
+            carried = known.get(path, {})
+            entry |= {n: x for n, x in carried.items() if n in kept and n in entry}
+        flat[path] = entry
     return nest(flat)
 
 
@@ -55,6 +115,7 @@ def refresh(state: NMState, params: Any, plan: Plan, step: int | jax.Array) -> N
       params: Parameters after the optimizer's update.
       plan: The plan.
       step: Number of updates done; a mask with interval k changes where k divides it.
+        Temperatures of learned masks become those of this step.
 
     Returns:
       A state of the same structure. `flip_rate` of an entry is the share of mask bits
@@ -63,31 +124,39 @@ def refresh(state: NMState, params: Any, plan: Plan, step: int | jax.Array) -> N
     Raises:
       ValueError: As `init_state`; or the state is not of this plan.
     """
-    stored = state_masks(state, plan)
-    rates = state_leaves(state, "flip_rate")
+    stored = state_entries(state, plan)
     flat: dict[str, Any] = {}
     for sparsity, w in _sparse_weights(params, plan):
-        path, interval = sparsity.path, sparsity.recipe.refresh
         if not sparsity.recipe.needs_state:
             continue
-        mask = sparsity.mask(w, stored.get(path))
-        flat[path] = {"mask": mask}
-        if interval is None:
-            continue
-        if path not in rates:
-            raise ValueError(
-                f"{path}: recipe {sparsity.recipe.name!r} refreshes its mask and this "
-                "state cannot be: give the one from nmjax.init_state, not from prepare"
-            )
-        due = jnp.asarray(step) % interval == 0
-        new = jax.lax.cond(due, sparsity.choose_mask, lambda w, mask=mask: mask, w)
-        rate = jnp.mean(new != mask, dtype=jnp.float32)
-        flat[path] = {"mask": new, "flip_rate": jnp.where(due, rate, rates[path])}
+        entry = dict(stored.get(sparsity.path, {}))
+        if sparsity.recipe.keeps_mask:
+            entry |= _refresh_masks(sparsity, w, entry, step)
+        if "temperature" in sparsity.recipe.state_names:
+            entry["temperature"] = sparsity.temperature(step, w.shape)
+        flat[sparsity.path] = entry
     return nest(flat)
 
 
-def prepare(params: Any, plan: Plan, state: NMState | None = None) -> NMState:
-    """The mask of every sparse weight, computed once for many uses.
+def _refresh_masks(sparsity: Sparsity, w, entry, step) -> dict[str, jax.Array]:
+    masks, interval = sparsity.masks(w, entry), sparsity.recipe.refresh
+    if interval is None:
+        return masks
+    if "flip_rate" not in entry:
+        raise ValueError(
+            f"{sparsity.path}: recipe {sparsity.recipe.name!r} refreshes its mask and "
+            "this state cannot be: give the one from nmjax.init_state, not from prepare"
+        )
+    due = jnp.asarray(step) % interval == 0
+    new = jax.lax.cond(due, sparsity.choose_masks, lambda w: masks, w)
+    rate = jnp.mean(new["mask"] != masks["mask"], dtype=jnp.float32)
+    return {**new, "flip_rate": jnp.where(due, rate, entry["flip_rate"])}
+
+
+def prepare(
+    params: Any, plan: Plan, state: NMState | None = None, *, logits: Any = None
+) -> NMState:
+    """The masks of every sparse weight, computed once for many uses.
 
     Passed to `apply` in place of the state, it gives the same bits as the state
     itself and spares each micro-batch, and each evaluation batch, the choice of masks.
@@ -96,24 +165,35 @@ def prepare(params: Any, plan: Plan, state: NMState | None = None) -> NMState:
       params: Parameter tree.
       plan: The plan.
       state: From `init_state`; may be omitted where it is empty.
+      logits: From `init_logits`, where masks are learned: the most probable ones.
 
     Returns:
-      A state with an entry `{"mask": …}` for every sparse parameter of the plan.
+      A state with an entry `{"mask": …}` for every masked parameter of the plan, and
+      what else the forward pass reads: dgrad's own mask, the scale of a soft threshold.
 
     Raises:
-      ValueError: As `init_state`; or a recipe keeps its mask and `state` lacks it.
+      ValueError: As `init_state`; or a recipe keeps something and `state` lacks it.
     """
-    stored = state_masks(state or {}, plan)
     return nest(
         {
-            sparsity.path: {"mask": sparsity.mask(w, stored.get(sparsity.path))}
-            for sparsity, w in _sparse_weights(params, plan)
+            sparsity.path: {
+                **{n: x for n, x in entry.items() if n == "scale"},
+                **sparsity.masks(w, entry),
+            }
+            for sparsity, w, entry in _masked_weights(params, plan, state, logits)
         }
     )
 
 
-def sparsify_params(params: Any, plan: Plan, state: NMState | None = None) -> Any:
-    """The parameters with every sparse weight masked; differentiable.
+def sparsify_params(
+    params: Any,
+    plan: Plan,
+    state: NMState | None = None,
+    *,
+    logits: Any = None,
+    key: jax.Array | None = None,
+) -> Any:
+    """The parameters with every masked weight masked; differentiable.
 
     For models that read their weights by hand: call it inside the loss function and
     give its result to the model. The gradient of the parameters is what the recipes
@@ -123,6 +203,8 @@ def sparsify_params(params: Any, plan: Plan, state: NMState | None = None) -> An
       params: Parameter tree.
       plan: The plan, usually from `nmjax.plan_params`.
       state: From `init_state` or `prepare`; may be omitted where it is empty.
+      logits: From `init_logits`, where masks are learned.
+      key: PRNG key for training learned masks; None = the most probable ones.
 
     Returns:
       A tree of the same structure, shapes and dtypes.
@@ -130,51 +212,78 @@ def sparsify_params(params: Any, plan: Plan, state: NMState | None = None) -> An
     Raises:
       ValueError: As `prepare`.
     """
-    stored = state_masks(state or {}, plan)
-    masked = {
-        sparsity.path: sparsity.apply(w, stored.get(sparsity.path))
-        for sparsity, w in _sparse_weights(params, plan)
-    }
+    masked = {}
+    for sparsity, w, entry in _masked_weights(params, plan, state, logits):
+        if key is not None and sparsity.recipe.draws:
+            entry = {**entry, "key": sparsity.own_key(key)}
+        masked[sparsity.path] = sparsity.apply(w, entry)
     return map_named(lambda path, leaf: masked.get(path, leaf), params)
 
 
-def bake(params: Any, plan: Plan, state: NMState | None = None) -> Any:
+def bake(
+    params: Any, plan: Plan, state: NMState | None = None, *, logits: Any = None
+) -> Any:
     """Ordinary parameters, dropped weights set to zero, for a dense model.
 
     Args:
       params: Parameter tree.
       plan: The plan.
       state: From `init_state` or `prepare`; may be omitted where it is empty.
+      logits: From `init_logits`, where masks are learned.
 
     Returns:
-      A tree of the same structure, shapes and dtypes.
+      A tree of the same structure, shapes and dtypes. Recipes that mask activations
+      leave their weights as they are.
 
     Raises:
       ValueError: As `prepare`.
     """
-    return jax.lax.stop_gradient(sparsify_params(params, plan, state))
+    return jax.lax.stop_gradient(sparsify_params(params, plan, state, logits=logits))
 
 
-def state_masks(state: NMState, plan: Plan) -> dict[str, jax.Array]:
-    """The masks of a state by path.
+def state_entries(state: NMState, plan: Plan) -> dict[str, dict[str, jax.Array]]:
+    """The entries of a state by path.
 
     Raises:
       ValueError: The state has an entry for a parameter that is not sparse here, or a
         mask that is not bool.
     """
-    masks = state_leaves(state, "mask")
     known = {entry.path for entry in plan if entry.sparse or entry.reason == NOT_USED}
-    strangers = sorted(state_paths(state) - known)
+    entries: dict[str, dict[str, jax.Array]] = {}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    for path, leaf in leaves:
+        entries.setdefault(join(path[:-1]), {})[join(path[-1:])] = leaf
+    strangers = sorted(set(entries) - known)
     if strangers:
         raise ValueError(
             f"the state has entries for {strangers}, which this plan does not make "
             f"sparse (it does {[entry.path for entry in plan.sparse]}); make it anew "
             "with nmjax.init_state(params, plan)"
         )
-    for path, mask in masks.items():
-        if mask.dtype != jnp.bool_:
-            raise ValueError(f"{path}: the state's mask is {mask.dtype}, not bool")
-    return masks
+    for path, entry in entries.items():
+        for name in entry.keys() & set(MASKS):
+            if entry[name].dtype != jnp.bool_:
+                dtype = entry[name].dtype
+                raise ValueError(f"{path}: the state's {name} is {dtype}, not bool")
+    return entries
+
+
+def state_logits(logits: Any, plan: Plan) -> dict[str, jax.Array]:
+    """Logits of learned masks by path.
+
+    Raises:
+      ValueError: Some belong to a parameter whose mask is not learned.
+    """
+    known = {e.path for e in plan.masked if e.recipe and e.recipe.mask == "learned"}
+    unused = {entry.path for entry in plan if entry.reason == NOT_USED}
+    leaves = named_leaves(logits or {})
+    if strangers := sorted(leaves.keys() - known - unused):
+        raise ValueError(
+            f"there are logits for {strangers}, whose masks this plan does not learn "
+            f"(it learns those of {sorted(known)}); make them with "
+            "nmjax.init_logits(params, plan)"
+        )
+    return leaves
 
 
 def state_paths(state: NMState) -> set[str]:
@@ -189,6 +298,18 @@ def state_leaves(state: NMState, name: str) -> dict[str, jax.Array]:
     paths = ((join(path), leaf) for path, leaf in leaves)
     suffix = f"/{name}"
     return {p.removesuffix(suffix): leaf for p, leaf in paths if p.endswith(suffix)}
+
+
+def _masked_weights(
+    params: Any, plan: Plan, state: NMState | None, logits: Any
+) -> Iterator[tuple[Sparsity, jax.Array, dict[str, jax.Array]]]:
+    """The parameters with masked weights, each with what is known for its mask."""
+    entries, learned = state_entries(state or {}, plan), state_logits(logits, plan)
+    for sparsity, w in _sparse_weights(params, plan):
+        if sparsity.recipe.masks_weight:
+            entry, path = entries.get(sparsity.path, {}), sparsity.path
+            more = {"logits": learned[path]} if path in learned else {}
+            yield sparsity, w, {**entry, **more}
 
 
 def _sparse_weights(params: Any, plan: Plan) -> Iterator[tuple[Sparsity, jax.Array]]:
@@ -206,5 +327,5 @@ def _sparse_weights(params: Any, plan: Plan) -> Iterator[tuple[Sparsity, jax.Arr
                 f"{entry.path}: the plan was made for shape {entry.shape}, the "
                 f"parameter has {np.shape(w)}; make the plan anew"
             )
-        check_sharding(entry.path, w, entry.axis, entry.recipe)
+        check_entry_sharding(entry, w)
         yield Sparsity.of(entry), jnp.asarray(w)

@@ -20,14 +20,14 @@ from nmjax.paths import named_leaves
 from nmjax.planning import (
     Candidate,
     Plan,
-    check_sharding,
+    check_entry_sharding,
     log_dense_layers,
     make_plan,
 )
 from nmjax.recording import find_candidates
 from nmjax.rules import Rule, Rules, as_rules
 from nmjax.sparse_kernel import box_kernels, open_boxes
-from nmjax.state import init_state, state_masks
+from nmjax.state import init_logits, init_state, state_entries, state_logits
 
 Model = TypeVar("Model")
 _Base = nn.Module if TYPE_CHECKING else object
@@ -184,18 +184,26 @@ class _SparseModel(_Base):
 
     @nn.nowrap
     def apply(self, variables, *args, **kwargs):
-        """As the model's own `apply`; masks are read from the collection "nm"."""
+        """As the model's own `apply`, with more to read.
+
+        The collection "nm" is the state, "nm_logits" what `nmjax.init_logits` made; the
+        key `rngs={"nm": key}` is for recipes that draw, in training.
+        """
         dense = densify(self)
         variables = dict(variables)
         nm = variables.pop("nm", {})
+        logits = variables.pop("nm_logits", {})
         if "params" not in variables:
             return dense.apply(variables, *args, **kwargs)
         plan = _plan_of_call(self, dense, variables, args, kwargs)
         weights = named_leaves(variables["params"])
         for entry in plan.sparse:
-            check_sharding(entry.path, weights[entry.path], entry.axis, entry.recipe)
-        masks = state_masks(nm, plan) if nm else {}
-        boxed = box_kernels(variables["params"], plan, masks)
+            check_entry_sharding(entry, weights[entry.path])
+        entries = state_entries(nm, plan) if nm else {}
+        learned = state_logits(logits, plan) if logits else {}
+        rngs = kwargs.get("rngs")
+        key = rngs.get("nm") if isinstance(rngs, dict) else None
+        boxed = box_kernels(variables["params"], plan, entries, learned, key)
         with nn.intercept_methods(hook_boxed_layers):
             result = dense.apply({**variables, "params": boxed}, *args, **kwargs)
         if kwargs.get("mutable", False) is False:
@@ -215,9 +223,13 @@ class _SparseModel(_Base):
         """As `init`, with the output of the sparse model."""
         variables = densify(self).init(rngs, *args, **kwargs)
         plan = self._plan_init(rngs, variables, args, kwargs)
-        nm = init_state(variables.get("params", {}), plan)
+        params = variables.get("params", {})
+        nm = {
+            "nm": init_state(params, plan),
+            "nm_logits": init_logits(params, plan),
+        }
         kwargs = {**kwargs, "mutable": True, "rngs": _rngs(rngs)}
-        output, _ = self.apply({**variables, "nm": nm}, *args, **kwargs)
+        output, _ = self.apply({**variables, **nm}, *args, **kwargs)
         return output, variables
 
     def _plan_init(self, rngs, variables, args, kwargs):

@@ -20,11 +20,16 @@ from nmjax.nnx.layers import Einsum as Einsum
 from nmjax.nnx.layers import Linear as Linear
 from nmjax.nnx.layers import LinearGeneral as LinearGeneral
 from nmjax.nnx.layers import NMFlipRate as NMFlipRate
+from nmjax.nnx.layers import NMKey as NMKey
+from nmjax.nnx.layers import NMLogits as NMLogits
 from nmjax.nnx.layers import NMMask as NMMask
+from nmjax.nnx.layers import NMNumber as NMNumber
 from nmjax.nnx.model import densify as densify
+from nmjax.nnx.model import logits as logits
 from nmjax.nnx.model import params as params
 from nmjax.nnx.model import plan as plan
 from nmjax.nnx.model import refresh as refresh
+from nmjax.nnx.model import set_key as set_key
 from nmjax.nnx.model import set_state as set_state
 from nmjax.nnx.model import sparsify as sparsify
 from nmjax.nnx.model import state as state

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nmjax.nnx.recording import Weight, make_weight
+from nmjax.paths import named_leaves
 from nmjax.pattern import NMPattern
 from nmjax.planning import PlanEntry, PlanError, check_sharding, make_plan
-from nmjax.recipes import Recipe, as_recipe
+from nmjax.recipe import Recipe
+from nmjax.recipes import as_recipe
 from nmjax.rules import Rule
 from nmjax.sparse_kernel import (
     ConvGeneralDilated,
@@ -26,9 +28,11 @@ from nmjax.sparse_kernel import (
     MaskKernel,
     PromoteKernel,
     SparseKernel,
-    Sparsity,
+    keys_of,
 )
-from nmjax.state import NMState, init_state, state_leaves
+from nmjax.sparse_kernel import Einsum as EinsumOp
+from nmjax.sparsity import MASKS, Sparsity
+from nmjax.state import NMState, init_logits, init_state, state_leaves
 
 RecipeLike = Recipe | NMPattern | str | None
 
@@ -43,11 +47,30 @@ class NMMask(nnx.Variable):
     """
 
 
+class NMNumber(NMMask):
+    """A number beside a mask: β of a soft threshold, τ of a learned mask, float32.
+
+    Its rank is the kernel's, with size 1 along all axes but those that `nnx.vmap` has
+    stacked. It is an `NMMask`, as the two below, so that a filter for masks takes all.
+    """
+
+
 class NMFlipRate(NMMask):
     """Share of the mask's bits that its last refresh changed, float32.
 
     A scalar, or the same number for each of the layers that `nnx.vmap` has stacked.
-    It is an `NMMask`, so that a filter for masks takes both.
+    """
+
+
+class NMKey(NMMask):
+    """Random bits for training, from `nmjax.nnx.set_key`."""
+
+
+class NMLogits(nnx.Param):
+    """Logits of a learned mask: trained, as `nnx.Param` are; see `nmjax.masks.learned`.
+
+    `nmjax.nnx.logits` and `nmjax.nnx.params` tell them from weights; to train them
+    alone, `nnx.grad(loss, argnums=nnx.DiffState(0, nmjax.nnx.NMLogits))`.
     """
 
 
@@ -80,8 +103,13 @@ class _SparseLayer(nnx.Module):
       nm_recipe: The layer's own recipe, which no rule overrides, or None.
       nm_sparsity: What acts on the kernel, by the layer's recipe or by a rule. Its
         path names the class alone: layers that differ in place only are equal.
-      nm_mask: The mask, where the recipe keeps it.
+      nm_mask: The mask, where the recipe keeps it; so are the next four.
+      nm_mask_dgrad: dgrad's own mask.
+      nm_scale: β of a soft threshold.
+      nm_temperature: τ of a learned mask.
       nm_flip_rate: Where the recipe refreshes the mask.
+      nm_logits: Where the mask is learned.
+      nm_key: Random bits of this step, where the recipe draws and has been given any.
     """
 
     kernel: nnx.Param
@@ -89,7 +117,12 @@ class _SparseLayer(nnx.Module):
     nm_recipe: Recipe | None = None
     nm_sparsity: Sparsity | None = None
     nm_mask: NMMask | None = None
+    nm_mask_dgrad: NMMask | None = None
+    nm_scale: NMNumber | None = None
+    nm_temperature: NMNumber | None = None
     nm_flip_rate: NMFlipRate | None = None
+    nm_logits: NMLogits | None = None
+    nm_key: NMKey | None = None
 
     def __init__(self, *args: Any, recipe: RecipeLike = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -106,29 +139,33 @@ class _SparseLayer(nnx.Module):
                 f"sparse ({entry.reason}): use recipe=None"
             )
         make_sparse(self, entry)
-        store_mask(weight, init_state({"kernel": self.kernel.get_value()}, made))
+        kernel = {"kernel": self.kernel.get_value()}
+        store_entry(weight, init_state(kernel, made), init_logits(kernel, made))
 
     promote_dtype = _Hook(
         lambda layer, own: PromoteKernel(own, packed=True, wrap=layer.nm_kernel)
     )
     dot_general = _Hook(lambda layer, own: DotGeneral())
     conv_general_dilated = _Hook(lambda layer, own: ConvGeneralDilated())
+    einsum_op = _Hook(lambda layer, own: EinsumOp())
 
     def nm_kernel(self, kernel: jax.Array) -> SparseKernel:
         """What the layer's op reads in place of the plain kernel."""
         sparsity = cast(Sparsity, self.nm_sparsity)
-        check_sharding(sparsity.path, kernel, sparsity.axis, sparsity.recipe)
-        if not sparsity.recipe.needs_state:
-            return SparseKernel(kernel, None, sparsity)
-        mask = kept_mask(self, sparsity.path)
-        if mask.shape != kernel.shape:
-            raise ValueError(
-                f"{sparsity.path} of shape {kernel.shape} meets a mask of shape "
-                f"{mask.shape}: a transformation that takes an axis of nnx.Param must "
-                "take it of the mask too, "
-                "nnx.StateAxes({nnx.Param: 0, nmjax.nnx.NMMask: 0, ...})"
-            )
-        return SparseKernel(kernel, mask, sparsity)
+        for axis in sparsity.group_axes:
+            check_sharding(sparsity.path, kernel, axis, sparsity.recipe)
+        entry = kept_entry(self, sparsity.path)
+        for name in MASKS:
+            if name in entry and entry[name].shape != kernel.shape:
+                raise ValueError(
+                    f"{sparsity.path} of shape {kernel.shape} meets a mask of shape "
+                    f"{entry[name].shape}: a transformation that takes an axis of "
+                    "nnx.Param must take it of the mask too, "
+                    "nnx.StateAxes({nnx.Param: 0, nmjax.nnx.NMMask: 0, ...})"
+                )
+        if self.nm_key is not None:
+            entry["key"] = self.nm_key[...]
+        return SparseKernel(kernel, entry, sparsity)
 
 
 class _MaskedLayer(_SparseLayer):
@@ -195,7 +232,7 @@ class ConvTranspose(_MaskedLayer, nnx.ConvTranspose):
     nm_base = nnx.ConvTranspose
 
 
-class Einsum(_MaskedLayer, nnx.Einsum):
+class Einsum(_SparseLayer, nnx.Einsum):
     """`flax.nnx.Einsum` with `recipe=`: groups along the last contracted axis.
 
     Args:
@@ -208,6 +245,17 @@ class Einsum(_MaskedLayer, nnx.Einsum):
     """
 
     nm_base = nnx.Einsum
+
+    promote_dtype = _Hook(
+        lambda layer, own: _einsum_promote(layer)(
+            own, packed=True, wrap=layer.nm_kernel
+        )
+    )
+
+
+def _einsum_promote(layer: Any) -> type[PromoteKernel]:
+    """Where a masked weight is all, jnp.einsum reads it, of any equation."""
+    return PromoteKernel if layer.nm_sparsity.recipe.needs_op else MaskKernel
 
 
 _LAYERS = (Linear, LinearGeneral, Conv, ConvTranspose, Einsum)
@@ -250,7 +298,7 @@ def make_sparse(layer: Any, entry: PlanEntry) -> bool:
     sparsity = dataclasses.replace(Sparsity.of(entry), path=path)
     if getattr(layer, "nm_sparsity", None) == sparsity:
         return False
-    _remove(layer, "nm_mask", "nm_flip_rate")
+    _remove(layer, *_ENTRY)
     object.__setattr__(layer, "__class__", _sparse_class(type(layer)))
     layer.nm_sparsity = sparsity
     return True
@@ -260,7 +308,7 @@ def make_dense(module: Any) -> None:
     """Takes from a module what `make_sparse` gave it, and a recipe of its own."""
     if not isinstance(module, _SparseLayer):
         return
-    _remove(module, "nm_recipe", "nm_sparsity", "nm_mask", "nm_flip_rate")
+    _remove(module, "nm_recipe", "nm_sparsity", *_ENTRY)
     # A user's subclass of a layer of this module has no base: dense as it is now.
     base = vars(type(module)).get("nm_base", type(module))
     object.__setattr__(module, "__class__", base)
@@ -272,50 +320,89 @@ def _remove(layer: Any, *names: str) -> None:
             delattr(layer, name)
 
 
-def keeps_mask(layer: Any) -> bool:
-    """Whether the layer's recipe keeps its mask."""
+def keeps_entry(layer: Any) -> bool:
+    """Whether the layer's recipe keeps something in the state."""
     sparsity = getattr(layer, "nm_sparsity", None)
     return sparsity is not None and sparsity.recipe.needs_state
 
 
-def kept_mask(layer: Any, path: str) -> jax.Array:
-    """The mask of a layer whose recipe keeps it.
+def kept_entry(layer: Any, path: str) -> dict[str, jax.Array]:
+    """What a layer keeps: its entry of the state, and logits.
 
     Args:
       layer: The layer.
       path: For the message.
 
     Raises:
-      ValueError: There is none.
+      ValueError: The recipe keeps something that is not there.
     """
-    if layer.nm_mask is None:
-        raise ValueError(
-            f"{path}: recipe {layer.nm_sparsity.recipe.name!r} keeps its mask in the "
-            "state and none was given; call nmjax.nnx.set_state(model, "
-            "nmjax.init_state(nmjax.nnx.params(model), plan))"
-        )
-    return layer.nm_mask[...]
+    recipe = layer.nm_sparsity.recipe
+    entry = {}
+    for name in _KEPT:
+        variable = getattr(layer, f"nm_{name}")
+        if variable is not None:
+            entry[name] = variable[...]
+        elif name in recipe.state_names:
+            raise ValueError(
+                f"{path}: recipe {recipe.name!r} keeps its {name} in the state and "
+                "none was given; call nmjax.nnx.set_state(model, "
+                "nmjax.init_state(nmjax.nnx.params(model), plan))"
+            )
+    return entry
 
 
-def store_mask(weight: Weight, state: NMState) -> None:
-    """Puts a weight's entry of a state, if it has one, into the layers that read it."""
+_KEPT = ("mask", "mask_dgrad", "scale", "temperature", "logits")
+_ENTRY = (*(f"nm_{name}" for name in _KEPT), "nm_flip_rate", "nm_key")
+
+
+def store_entry(weight: Weight, state: NMState, logits: Any = None) -> None:
+    """Puts a weight's entry of a state, and its logits, into the layers that read it.
+
+    Args:
+      weight: The weight.
+      state: A state of the model.
+      logits: From `nmjax.init_logits`, or None: they stay as they are.
+    """
     path, shape = weight.candidate.path, weight.candidate.shape
-    mask = state_leaves(state, "mask").get(path)
-    if mask is None:
-        return
     metadata = weight.param.get_metadata()
     sharding = {key: metadata[key] for key in _SHARDING if key in metadata}
-    _put(weight, "nm_mask", lambda: NMMask(mask, **sharding), mask)
+    for name in MASKS:
+        mask = state_leaves(state, name).get(path)
+        if mask is not None:
+            _put(weight, f"nm_{name}", lambda x=mask: NMMask(x, **sharding), mask)
+    for name in ("scale", "temperature"):
+        number = state_leaves(state, name).get(path)
+        if number is not None:
+            _put(weight, f"nm_{name}", lambda x=number: NMNumber(x), number)
     rate = state_leaves(state, "flip_rate").get(path)
     if rate is not None:
         rate = jnp.broadcast_to(rate, shape[: len(shape) - weight.ndim])
         _put(weight, "nm_flip_rate", lambda: NMFlipRate(rate), rate)
+    learned = named_leaves(logits or {}).get(path)
+    if learned is not None:
+        _put(weight, "nm_logits", lambda: NMLogits(learned), learned)
+
+
+def store_key(weight: Weight, key: jax.Array | None) -> None:
+    """Puts random bits into the layers that read a weight; None takes them away."""
+    if key is None:
+        for layer in weight.layers:
+            _remove(layer, "nm_key")
+        return
+    sparsity = weight.layers[0].nm_sparsity
+    path = weight.candidate.path
+    keys = keys_of(
+        key, dataclasses.replace(sparsity, path=path), weight.candidate.shape
+    )
+    _put(weight, "nm_key", lambda: NMKey(keys), keys)
 
 
 _SHARDING = ("out_sharding", "sharding_rules", "mesh")
 
 
-def _put(weight: Weight, name: str, make: Callable[[], NMMask], value: Any) -> None:
+def _put(
+    weight: Weight, name: str, make: Callable[[], nnx.Variable], value: Any
+) -> None:
     """Sets a Variable of all layers that share a weight; makes it where it is new."""
     variable = getattr(weight.layers[0], name)
     if variable is None:

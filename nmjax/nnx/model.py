@@ -7,12 +7,21 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from nmjax.nnx.layers import keeps_mask, kept_mask, make_dense, make_sparse, store_mask
+from nmjax.nnx.layers import (
+    NMLogits,
+    keeps_entry,
+    kept_entry,
+    make_dense,
+    make_sparse,
+    store_entry,
+    store_key,
+)
 from nmjax.nnx.recording import Weight, find_weights
 from nmjax.paths import nest
-from nmjax.planning import Plan, check_sharding, log_dense_layers, make_plan
+from nmjax.planning import Plan, check_entry_sharding, log_dense_layers, make_plan
 from nmjax.rules import Rule
-from nmjax.state import NMState, init_state, state_leaves
+from nmjax.sparsity import MASKS
+from nmjax.state import NMState, init_logits, init_state, state_leaves
 from nmjax.state import refresh as refresh_state
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -40,7 +49,7 @@ def _plan(weights: dict[str, Weight], rules: Sequence[Rule]) -> Plan:
     made = make_plan([weight.candidate for weight in weights.values()], rules)
     for entry in made.sparse:
         kernel = weights[entry.path].param.get_value()
-        check_sharding(entry.path, kernel, entry.axis, entry.recipe)
+        check_entry_sharding(entry, kernel)
     return made
 
 
@@ -73,10 +82,12 @@ def sparsify(model: Model, rules: Sequence[Rule]) -> Model:
                 make_dense(layer)
         elif any([make_sparse(layer, entry) for layer in layers]):
             changed.append(entry)
-    keeping = tuple(entry for entry in changed if entry.recipe.needs_state)
-    chosen = init_state(params(model), Plan(keeping))
+    keeping = tuple(e for e in changed if e.recipe.needs_state)
+    weights_of_model = params(model)
+    chosen = init_state(weights_of_model, Plan(keeping))
+    logits_of_model = init_logits(weights_of_model, Plan(keeping))
     for entry in keeping:
-        store_mask(weights[entry.path], chosen)
+        store_entry(weights[entry.path], chosen, logits_of_model)
     return model
 
 
@@ -106,7 +117,44 @@ def params(model: nnx.Module) -> dict[Any, Any]:
       Nested plain dictionaries of arrays, addressed by the paths of the plan.
       `nnx.update(model, …)` takes them back, from `nmjax.bake` for example.
     """
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    weights = nnx.All(nnx.Param, nnx.Not(NMLogits))
+    return nnx.to_pure_dict(nnx.state(model, weights))
+
+
+def logits(model: nnx.Module) -> dict[Any, Any]:
+    """The logits of learned masks, as the rest of the library takes them.
+
+    Args:
+      model: The model.
+
+    Returns:
+      Nested dictionaries, in the form of `nmjax.init_logits`.
+    """
+    found = {
+        path: weight.layers[0].nm_logits[...]
+        for path, weight in find_weights(model).items()
+        if weight.layers and getattr(weight.layers[0], "nm_logits", None) is not None
+    }
+    return nest(found)
+
+
+def set_key(model: nnx.Module, key: jax.Array | None) -> None:
+    """Gives the layers whose recipe draws their random bits, in place; jittable.
+
+    Args:
+      model: The model.
+      key: PRNG key of this step (and micro-batch): `jax.random.fold_in(key, step)`.
+        None takes them away: learned masks are then the most probable ones, as in
+        evaluation, and a gradient that must be sampled raises.
+    """
+    for weight in find_weights(model).values():
+        if any(map(_draws, weight.layers)):
+            store_key(weight, key)
+
+
+def _draws(layer: Any) -> bool:
+    sparsity = getattr(layer, "nm_sparsity", None)
+    return sparsity is not None and sparsity.recipe.draws
 
 
 def state(model: nnx.Module) -> NMState:
@@ -124,7 +172,8 @@ def state(model: nnx.Module) -> NMState:
     flat: dict[str, Any] = {}
     for path, weight in _keeping(model).items():
         layer = weight.layers[0]
-        flat[path] = {"mask": kept_mask(layer, path)}
+        entry = kept_entry(layer, path)
+        flat[path] = {name: x for name, x in entry.items() if name != "logits"}
         if layer.nm_flip_rate is not None:
             flat[path]["flip_rate"] = layer.nm_flip_rate[...].ravel()[0]
     return nest(flat)
@@ -142,22 +191,47 @@ def set_state(model: nnx.Module, state: NMState) -> None:
     Raises:
       ValueError: The state is of another model: its paths or shapes differ.
     """
-    keeping, masks = _keeping(model), state_leaves(state, "mask")
-    if masks.keys() != keeping.keys():
+    keeping = _keeping(model)
+    given = _names(state)
+    wanted = {path: _wanted(weight) for path, weight in keeping.items()}
+    if given != wanted:
         raise ValueError(
-            f"the state has masks for {sorted(masks)}, but the layers whose recipe "
-            f"keeps one are {sorted(keeping)}; make it with "
+            f"the state has masks for {_say(given)}, but the layers whose recipe "
+            f"keeps one are {_say(wanted)}; make it with "
             "nmjax.init_state(nmjax.nnx.params(model), plan)"
         )
-    for path, weight in keeping.items():
-        if masks[path].shape != weight.candidate.shape:
-            raise ValueError(
-                f"{path}: the state holds a mask of shape {masks[path].shape} for a "
-                f"weight of shape {weight.candidate.shape}; make it anew with "
-                "nmjax.init_state"
-            )
+    for name in MASKS:
+        for path, mask in state_leaves(state, name).items():
+            if mask.shape != keeping[path].candidate.shape:
+                raise ValueError(
+                    f"{path}: the state holds a mask of shape {mask.shape} for a "
+                    f"weight of shape {keeping[path].candidate.shape}; make it anew "
+                    "with nmjax.init_state"
+                )
     for weight in keeping.values():
-        store_mask(weight, state)
+        store_entry(weight, state)
+
+
+_NAMES = (*MASKS, "scale", "temperature")
+
+
+def _names(state: NMState) -> dict[str, set[str]]:
+    """What a state holds, by path."""
+    found: dict[str, set[str]] = {}
+    for name in _NAMES:
+        for path in state_leaves(state, name):
+            found.setdefault(path, set()).add(name)
+    return found
+
+
+def _wanted(weight: Weight) -> set[str]:
+    layer = next(layer for layer in weight.layers if keeps_entry(layer))
+    return set(layer.nm_sparsity.recipe.state_names)
+
+
+def _say(names: dict[str, set[str]]) -> str:
+    """Paths, with what they keep where that is more than a mask."""
+    return str([p if n == {"mask"} else f"{p} {n}" for p, n in sorted(names.items())])
 
 
 def refresh(model: nnx.Module, plan: Plan, step: int | jax.Array) -> None:
@@ -179,5 +253,5 @@ def _keeping(model: nnx.Module) -> dict[str, Weight]:
     return {
         path: weight
         for path, weight in find_weights(model).items()
-        if any(map(keeps_mask, weight.layers))
+        if any(map(keeps_entry, weight.layers))
     }

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 
 from nmjax.planning import EMBEDDING, Candidate, is_weight
-from nmjax.recording import OWN_PARAMETER, einsum_axes
+from nmjax.recording import OWN_PARAMETER, einsum_axes, einsum_out_axes
 
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose, nnx.Einsum)
 
@@ -71,7 +71,7 @@ def find_weights(model: nnx.Module) -> dict[str, Weight]:
         if not hasattr(param.get_value(), "shape"):  # a bare number, a tree of arrays
             continue
         weight = make_weight(path, param, holders.get(id(param), ()))
-        if is_weight(path, weight.ndim):
+        if is_weight(path, weight.ndim) and path.rsplit("/", 1)[-1] != "nm_logits":
             weights[path] = weight
     return weights
 
@@ -111,6 +111,9 @@ def make_weight(
         candidate,
         layer=type(layers[0]).__name__,
         axes=uses[0],
+        out_axes=_output_axes(layers[0]),
+        stacked=tuple(range(-value.ndim, -len(_own_shape(layers[0])))),
+        weight_only=isinstance(layers[0], nnx.ConvTranspose),
         reason=next(filter(None, reasons), ""),
         recipe=getattr(layers[0], "nm_recipe", None),
     )
@@ -141,6 +144,21 @@ def _contracted_axes(layer: Any) -> tuple[int, ...]:
             axes = einsum_axes(layer.einsum_str) or ()
             return tuple(axis - ndim for axis in axes)
     return (-2,)
+
+
+def _output_axes(layer: Any) -> tuple[int, ...]:
+    """The kernel axes that run over the layer's outputs, from the end."""
+    ndim = len(_own_shape(layer))
+    match layer:
+        case nnx.LinearGeneral():
+            first = len(layer.batch_axis) + len(layer.in_features)
+            return tuple(range(first - ndim, 0))
+        case nnx.ConvTranspose():
+            return (-2,) if layer.transpose_kernel else (-1,)
+        case nnx.Einsum():
+            axes = einsum_out_axes(layer.einsum_str)
+            return tuple(axis - ndim for axis in axes)
+    return (-1,)
 
 
 def _why_not(layer: Any, shape: tuple[int, ...]) -> str:

@@ -1,0 +1,247 @@
+"""Calibration: what the layers of a model receive when it sees example batches.
+
+The model runs on each batch as its author wrote it, one operation at a time, and every
+call of a layer that the plan makes sparse is noted with its input.
+"""
+
+import contextlib
+import contextvars
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.core import Tracer
+
+from nmjax.paths import map_named, named_leaves
+from nmjax.pattern import NMPattern
+from nmjax.planning import Plan
+from nmjax.pruning.layers import Layer
+from nmjax.rules import Rules, layer_path
+from nmjax.sparse_kernel import Sparsity
+from nmjax.swap import densify, plan
+
+Batch = Any
+"""The positional arguments of one call of the model: a tuple, or the only one."""
+
+_Note = Callable[[Any, Any], None]  # (layer, its input)
+
+
+class Calibration:
+    """A model with its parameters, a plan and batches to run it on.
+
+    Attributes:
+      plan: What is to be sparse.
+      params: The dense parameters, as the caller has them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rules: Rules | Plan,
+        batches: Iterable[Batch],
+        variables: Mapping[str, Any] | None,
+        kwargs: Mapping[str, Any] | None,
+    ):
+        """Makes the plan and checks what can be checked before the model runs.
+
+        Raises:
+          ValueError: There are no batches; a linen model came without variables or an
+            nnx model with them; the plan has nothing sparse, or a ragged axis.
+          PlanError: As `nmjax.plan`.
+        """
+        self._batches = [b if isinstance(b, tuple) else (b,) for b in batches]
+        self._kwargs = dict(kwargs or {})
+        if not self._batches:
+            raise ValueError("no calibration batches: give at least one")
+        linen = isinstance(model, nn.Module)
+        if linen != (variables is not None):
+            raise ValueError(
+                "a linen model needs variables={'params': ..., ...}, and an nnx model "
+                f"has its own: got a {type(model).__name__} "
+                + ("without" if variables is None else "with")
+            )
+        if isinstance(rules, Plan):
+            self.plan = rules
+        elif linen:
+            self.plan = plan(model, rules, *self._batches[0], **self._kwargs)
+        else:
+            self.plan = plan(model, rules)
+        self._model = densify(model)
+        if variables is not None:
+            self._variables = dict(variables)
+            self.params = self._variables["params"]
+        else:
+            import nmjax.nnx
+
+            self.params = nmjax.nnx.params(self._model)
+        self._check_plan()
+
+    def pattern(self, path: str) -> NMPattern:
+        """The pattern that the plan has for a sparse kernel."""
+        return Sparsity.of(self.plan[path]).pattern
+
+    def order(self) -> list[str]:
+        """Paths of the sparse kernels in the order in which the model reads them.
+
+        Raises:
+          ValueError: As `inputs`.
+        """
+        paths = [entry.path for entry in self.plan.sparse]
+        calls = self.inputs(self.params, paths, self._batches[:1])
+        return list(dict.fromkeys(layer.path for layer, _ in calls))
+
+    def inputs(
+        self, params: Any, paths: Sequence[str], batches: list[tuple] | None = None
+    ) -> Iterator[tuple[Layer, jax.Array]]:
+        """Runs the model and yields every call of the layers that are asked for.
+
+        Args:
+          params: Parameters to run it with, a tree like the attribute of this name.
+          paths: Paths of kernels.
+          batches: Instead of all of them.
+
+        Raises:
+          ValueError: A layer was not called by any batch, or is part of a scan, vmap,
+            remat or jit, out of which its input cannot be taken.
+        """
+        missing = dict.fromkeys(paths)
+        for batch in self._batches if batches is None else batches:
+            calls: list[tuple[Layer, jax.Array]] = []
+
+            def note(path, module, x, calls=calls):
+                if path in paths:
+                    calls.append((Layer(path, module), x))
+
+            self._run(params, batch, note)
+            inside = sorted({lay.path for lay, x in calls if isinstance(x, Tracer)})
+            if inside:
+                raise ValueError(
+                    f"{inside} are called inside a scan, vmap, remat or jit of the "
+                    "model, out of which their inputs cannot be taken: build the model "
+                    f"without it for pruning, or leave them dense, "
+                    f"{_dense_rule(inside[0])}"
+                )
+            for layer, x in calls:
+                missing.pop(layer.path, None)
+                yield layer, x
+        if missing:
+            raise ValueError(
+                f"no calibration batch reaches {list(missing)} (or a transformation of "
+                "the model hides them): leave them dense by a rule"
+            )
+
+    def _check_plan(self) -> None:
+        leaves = named_leaves(self.params)
+        if not self.plan.sparse:
+            reasons = {entry.path: entry.reason for entry in self.plan}
+            raise ValueError(f"the plan makes nothing sparse: {reasons}")
+        for entry in self.plan.sparse:
+            path, shape, pattern = entry.path, entry.shape, self.pattern(entry.path)
+            if path not in leaves or tuple(leaves[path].shape) != shape:
+                raise ValueError(
+                    f"the plan has {path} of shape {shape}, the parameters do not; "
+                    f"they have {list(leaves)}"
+                )
+            if shape[entry.axis] % pattern.m:
+                raise ValueError(
+                    f"{path}: axis {entry.axis} of shape {shape} is ragged for "
+                    f"{pattern}, which pruning after training does not do: leave it "
+                    f"dense, {_dense_rule(path)}"
+                )
+
+    def _run(self, params: Any, batch: tuple, note: Callable[..., None]) -> None:
+        if isinstance(self._model, nn.Module):
+            variables = {**self._variables, "params": params}
+            with nn.intercept_methods(functools.partial(_note_linen, note)):
+                self._model.apply(variables, *batch, **self._kwargs)
+        else:
+            _run_nnx(self._model, params, batch, self._kwargs, note)
+
+
+def _dense_rule(path: str) -> str:
+    return f"nmjax.Rule({re.escape(layer_path(path))!r}, None)"
+
+
+def with_leaves(params: Any, new: Mapping[str, Any]) -> Any:
+    """The tree with other arrays at some paths, cast to the dtypes that it has there.
+
+    Args:
+      params: A tree of named arrays.
+      new: Arrays by path.
+    """
+
+    def replace(path, leaf):
+        return new[path].astype(leaf.dtype) if path in new else leaf
+
+    return map_named(replace, params)
+
+
+def _note_linen(note, next_function, args, kwargs, context):
+    layer = context.module
+    if context.method_name == "__call__" and layer.scope is not None:
+        path = "/".join((*layer.path, "kernel"))
+        if getattr(layer, "nm_recipe", None) is not None:
+            raise ValueError(
+                f"{path}: the layer brings its own recipe, so its model is not dense: "
+                "prune the model made of Flax's layers"
+            )
+        alone = layer.clone(parent=None)
+        if isinstance(layer, nn.Einsum):
+            given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+            alone = alone.clone(einsum_str=given or layer.einsum_str)
+        note(path, alone, args[0] if args else kwargs.get("inputs"))
+    return next_function(*args, **kwargs)
+
+
+def _run_nnx(model, params, batch, kwargs, note) -> None:
+    """Runs a copy of an nnx model in evaluation mode, its layers noting their calls."""
+    from flax import nnx
+
+    from nmjax.nnx.recording import find_weights
+
+    copy = nnx.clone(model)
+    nnx.update(copy, params)
+    copy.eval()
+    paths = {
+        id(layer): path
+        for path, weight in find_weights(copy).items()
+        for layer in weight.layers
+    }
+    plain = {id(layer): layer for _, layer in nnx.iter_modules(copy)}
+    with _noting(lambda layer, x: note(paths.get(id(layer), ""), layer, x)):
+        for key in paths:
+            cls = _noting_class(type(plain[key]))
+            object.__setattr__(plain[key], "__class__", cls)
+        copy(*batch, **kwargs)
+    for key in paths:
+        base = type(plain[key]).__mro__[1]
+        object.__setattr__(plain[key], "__class__", base)
+
+
+_NOTE: contextvars.ContextVar[_Note | None] = contextvars.ContextVar("note")
+
+
+@contextlib.contextmanager
+def _noting(note: _Note) -> Iterator[None]:
+    token = _NOTE.set(note)
+    try:
+        yield
+    finally:
+        _NOTE.reset(token)
+
+
+@functools.cache
+def _noting_class(cls: Any) -> type:
+    """The class of a layer that notes its calls before it makes them."""
+
+    def call(self, *args, **kwargs):
+        note = _NOTE.get()
+        if note is not None:
+            note(self, args[0] if args else kwargs["inputs"])
+        return cls.__call__(self, *args, **kwargs)
+
+    attributes = {"__call__": call, "__module__": cls.__module__}
+    return type(cls)(cls.__name__, (cls,), attributes, pytree=cls._pytree__is_pytree)

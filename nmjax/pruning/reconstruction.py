@@ -1,0 +1,172 @@
+"""AdaPrune: a pruned layer learns to compute what the dense layer did.
+
+The N:M mask E of a layer is that of its magnitudes, and stays. Then Adam changes what
+is kept, and the bias, so as to minimise over cached calibration inputs x
+
+    ‖f(E ⊙ W', b'; x) − f(W, b; x)‖²
+
+for one layer f at a time (arXiv:2102.08124). Every layer sees the inputs
+that the dense model gives it, so the order of the layers does not matter.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nmjax.masks import magnitude_mask
+from nmjax.paths import named_leaves
+from nmjax.planning import Plan
+from nmjax.pruning.calibration import Batch, Calibration, with_leaves
+from nmjax.pruning.layers import Layer, Parameters
+from nmjax.pruning.report import LayerReport, Pruned
+from nmjax.rules import Rules
+
+
+def ada_prune(
+    model: Any,
+    rules: Rules | Plan,
+    batches: Iterable[Batch],
+    *,
+    variables: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    steps: int = 1000,
+    learning_rate: float = 1e-3,
+    bias_learning_rate: float = 1e-2,
+    batch_size: int = 50,
+    seed: int = 0,
+    on_layer: Callable[[LayerReport], None] | None = None,
+) -> Pruned:
+    """Prunes a trained model to N:M, layer by layer (AdaPrune, arXiv:2102.08124).
+
+    The defaults are those of the authors' code. A layer that Adam does not improve
+    keeps its magnitude-pruned weights, so no error is above that of magnitude pruning.
+    Needs optax: `pip install 'nmjax[train]'`.
+
+    Args:
+      model: A linen or nnx model. It runs eagerly, layer by layer.
+      rules: What to prune: rules, a pattern such as "2:4", or a plan.
+      batches: Calibration inputs, each what the model takes: an array, or a tuple of
+        positional arguments. A few hundred examples are usual.
+      variables: Variables of a linen model, `{"params": …, "batch_stats": …}`.
+      kwargs: Keyword arguments of the model's call, such as `{"train": False}`. An nnx
+        model runs in evaluation mode.
+      steps: Steps of Adam for each layer.
+      learning_rate: Of the kernel.
+      bias_learning_rate: Of the bias.
+      batch_size: Inputs (entries of the first axis) that a step draws.
+      seed: Decides which inputs a step draws.
+      on_layer: Called after each layer.
+
+    Returns:
+      Parameters, plan and the error of each layer.
+
+    Raises:
+      ValueError: A layer's inputs cannot be had (see `nmjax.pruning.calibration`) or
+        differ in shape from batch to batch; a calibration input is not finite; an
+        option is out of range.
+      PlanError: As `nmjax.plan`.
+      ImportError: optax is not installed.
+    """
+    for name, value in {"steps": steps, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    adam = _adam()
+    calibration = Calibration(model, rules, batches, variables, kwargs)
+    leaves = named_leaves(calibration.params)
+    new: dict[str, jax.Array] = {}
+    reports = []
+    rates = {"kernel": learning_rate, "bias": bias_learning_rate}
+    for path in calibration.order():
+        calls = list(calibration.inputs(calibration.params, [path]))
+        layer, x = calls[0][0], _join(path, [x for _, x in calls])
+        dense = {"kernel": jnp.asarray(leaves[path], jnp.float32)}
+        if layer.bias_path in leaves:
+            dense["bias"] = jnp.asarray(leaves[layer.bias_path], jnp.float32)
+        axis, pattern = calibration.plan[path].axis, calibration.pattern(path)
+        mask = magnitude_mask(dense["kernel"], pattern, axis=axis)
+        start = {**dense, "kernel": jnp.where(mask, dense["kernel"], 0)}
+        error = jax.jit(functools.partial(_relative_error, layer))
+        before = float(error(start, dense, x))
+        if not math.isfinite(before):
+            raise ValueError(f"{path}: its calibration inputs are not finite")
+        keys = jax.random.split(jax.random.key(seed), steps)
+        train = jax.jit(functools.partial(_train, layer, adam, rates, batch_size))
+        trained = train(start, dense, mask, x, keys)
+        after = float(error(trained, dense, x))
+        if not after < before:
+            trained, after = start, before
+        new[path] = trained["kernel"]
+        if "bias" in trained:
+            new[layer.bias_path] = trained["bias"]
+        report = LayerReport(path, len(x), before, after)
+        reports.append(report)
+        if on_layer is not None:
+            on_layer(report)
+    params = with_leaves(calibration.params, new)
+    return Pruned(params, calibration.plan, tuple(reports))
+
+
+def _adam() -> Any:
+    try:
+        import optax
+    except ImportError as error:
+        raise ImportError(
+            "ada_prune needs optax: pip install 'nmjax[train]'"
+        ) from error
+    return optax.scale_by_adam()
+
+
+def _join(path: str, inputs: list[jax.Array]) -> jax.Array:
+    """All inputs of a layer as one array, (inputs, …)."""
+    shapes = {x.shape[1:] for x in inputs}
+    if len(shapes) > 1 or inputs[0].ndim < 2:
+        raise ValueError(
+            f"{path}: its calibration inputs have shapes {[x.shape for x in inputs]}, "
+            "which are no batches of one shape: give batches with equal shapes behind "
+            "the first axis, or leave this layer dense by a rule"
+        )
+    return jnp.concatenate(inputs)
+
+
+def _relative_error(
+    layer: Layer, parameters: Parameters, dense: Parameters, x: jax.Array
+) -> jax.Array:
+    """Σ‖f(parameters; x) − f(dense; x)‖² / Σ‖f(dense; x)‖²."""
+    y = layer(dense, x)
+    error = jnp.sum((layer(parameters, x) - y) ** 2)
+    return error / jnp.maximum(jnp.sum(y**2), 1e-30)
+
+
+def _train(
+    layer: Layer,
+    adam: Any,
+    rates: dict[str, float],
+    batch_size: int,
+    start: Parameters,
+    dense: Parameters,
+    mask: jax.Array,
+    x: jax.Array,
+    keys: jax.Array,
+) -> Parameters:
+    """One step of Adam for each key, on inputs drawn with replacement."""
+
+    def loss(parameters, x):
+        kernel = jnp.where(mask, parameters["kernel"], 0)
+        y = layer({**parameters, "kernel": kernel}, x)
+        return jnp.mean((y - layer(dense, x)) ** 2)
+
+    def step(carry, key):
+        parameters, state = carry
+        chosen = x[jax.random.randint(key, (batch_size,), 0, len(x))]
+        update, state = adam.update(jax.grad(loss)(parameters, chosen), state)
+        return (
+            {name: p - rates[name] * update[name] for name, p in parameters.items()},
+            state,
+        ), None
+
+    (parameters, _), _ = jax.lax.scan(step, (start, adam.init(start)), keys)
+    return parameters

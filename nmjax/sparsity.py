@@ -1,0 +1,309 @@
+"""What one parameter's recipe makes of its weight: masks, masked weights, state.
+
+Every use of a weight (by a layer, by `sparsify_params`, by the optimizer's decay, by
+`check`) asks the same `Sparsity`, so all of them see the same mask.
+
+What a recipe keeps for one weight is a dictionary of arrays, its *entry* of the state:
+
+    mask         bool, the shape of the weight
+    mask_dgrad   bool, the shape of the weight: dgrad's own mask
+    scale        β of a soft threshold, float32
+    temperature  τ of a learned mask, float32
+    flip_rate    share of the mask's bits that its last refresh changed, float32
+    logits       of a learned mask (trained: a tree of its own, see `init_logits`)
+    key          random bits of one call (never stored)
+
+A number has the rank of the weight, with size 1 along every axis but those that a scan
+or vmap of the model stacks: such a transformation slices it as it slices the weight.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+
+from nmjax import estimators, masks
+from nmjax.masks import Ragged, magnitude_mask
+from nmjax.masks.learned import best_mask, init_logits, patterns, sample_mask
+from nmjax.pattern import NMPattern
+from nmjax.planning import PlanEntry
+from nmjax.recipe import Recipe
+
+Entry = Mapping[str, jax.Array]
+MASKS = ("mask", "mask_dgrad")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """The static facts of one sparse parameter.
+
+    Attributes:
+      path: Slash-joined path, for messages.
+      recipe: Always sparse.
+      axis: The axis along which groups run, counted from the end: fprop's.
+      out_axis: The axis that dgrad contracts, counted from the end.
+      ragged: As in `nmjax.Rule`.
+      stacked: The axes that a scan or vmap stacks, counted from the end.
+    """
+
+    path: str
+    recipe: Recipe
+    axis: int
+    out_axis: int = -1
+    ragged: Ragged | None = None
+    stacked: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, entry: PlanEntry) -> "Sparsity":
+        """The facts that a sparse entry of a plan holds.
+
+        Raises:
+          ValueError: The entry is dense.
+        """
+        if entry.recipe is None:
+            raise ValueError(f"{entry.path} is dense in this plan: {entry.reason}")
+        out_axis = entry.out_axes[-1] if entry.out_axes else -1
+        return cls(
+            entry.path,
+            entry.recipe,
+            entry.axis,
+            out_axis,
+            entry.ragged,
+            entry.stacked,
+        )
+
+    @property
+    def pattern(self) -> NMPattern:
+        """The recipe's pattern."""
+        return cast(NMPattern, self.recipe.pattern)
+
+    @property
+    def group_axes(self) -> tuple[int, ...]:
+        """The axes along which masks of the weight run, counted from the end."""
+        if not self.recipe.masks_weight:
+            return ()
+        return (self.axis, self.out_axis) if self.recipe.on_both_axes else (self.axis,)
+
+    def number_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a number kept for a weight of this shape."""
+        rank = len(shape)
+        return tuple(
+            size if i - rank in self.stacked else 1 for i, size in enumerate(shape)
+        )
+
+    def own_key(self, key: jax.Array) -> jax.Array:
+        """The key from which this parameter draws in a call with `key`."""
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
+        return jax.random.fold_in(key, zlib.crc32(self.path.encode()))
+
+    def init(self, w: jax.Array) -> dict[str, jax.Array]:
+        """The entry that the recipe keeps for `w`, chosen anew."""
+        recipe, names = self.recipe, self.recipe.state_names
+        entry: dict[str, jax.Array] = {}
+        if recipe.keeps_mask:
+            entry |= self.choose_masks(w)
+            if recipe.refresh is not None:
+                entry["flip_rate"] = jnp.zeros((), jnp.float32)
+        if "scale" in names:
+            rank = w.ndim
+            over = tuple(i for i in range(-rank, 0) if i not in self.stacked)
+            mask = self.choose_mask(w)
+            entry["scale"] = estimators.soft_threshold_scale(
+                w, mask, self.pattern, self.axis, over
+            )
+        if "temperature" in names:
+            entry["temperature"] = self.temperature(0, w.shape)
+        return entry
+
+    def init_logits(self, w: jax.Array) -> jax.Array:
+        """Logits of a learned mask, all patterns equally probable."""
+        return init_logits(w.shape, self.pattern, axis=self.axis)
+
+    def temperature(self, step: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """τ at a step, for a weight of this shape."""
+        schedule = self.recipe.temperature
+        if schedule is None:
+            raise ValueError(f"{self.path}: {self.recipe.name!r} has no temperature")
+        return jnp.full(self.number_shape(shape), schedule(step), jnp.float32)
+
+    def choose_masks(self, w: jax.Array) -> dict[str, jax.Array]:
+        """Every mask that the GEMMs read of `w` as stored, by name."""
+        chosen = {"mask": self.choose_mask(w)}
+        if self.recipe.dgrad == "weight-own-mask":
+            chosen["mask_dgrad"] = magnitude_mask(w, self.pattern, axis=self.out_axis)
+        return chosen
+
+    def choose_mask(self, w: jax.Array) -> jax.Array:
+        """The mask that fprop reads of `w`: bool, its shape, True = kept.
+
+        Raises:
+          ValueError: A learned mask is not chosen from the weight.
+        """
+        match self.recipe.mask:
+            case "magnitude" | "soft-threshold":
+                axis, ragged = self.axis, self.ragged
+                return magnitude_mask(w, self.pattern, axis=axis, ragged=ragged)
+            case "transposable":
+                axes = (self.axis, self.out_axis)
+                pattern = self.pattern
+                choose = lambda a: masks.transposable_mask(a, pattern)  # noqa: E731
+                return _on_last_axes(choose, jnp.abs(w), axes)
+            case "tile":
+                # As (out, in), the matrix whose rows torchao's algorithms walk.
+                axes = (self.out_axis, self.axis)
+                choose = functools.partial(masks.tile_mask, algorithm=self.recipe.tile)
+                return _on_last_axes(choose, w, axes)
+            case "learned":
+                raise ValueError(
+                    f"{self.path}: recipe {self.recipe.name!r} reads its mask off "
+                    "logits and none were given; make them with "
+                    "nmjax.init_logits(params, plan) and pass logits=, or in linen "
+                    'the collection "nm_logits"'
+                )
+        raise ValueError(f"{self.path}: recipe {self.recipe.name!r} masks no weight")
+
+    def masks(self, w: jax.Array, entry: Entry) -> dict[str, jax.Array]:
+        """The masks that act on `w`, without noise: those stored, else chosen.
+
+        Raises:
+          ValueError: The recipe keeps its mask in the state and there is none, or
+            the stored one has another shape.
+        """
+        stored = {name: entry[name] for name in MASKS if name in entry}
+        for name, mask in stored.items():
+            if mask.shape != w.shape:
+                raise ValueError(
+                    f"{self.path}: the state holds a {name} of shape {mask.shape} for "
+                    f"a weight of shape {w.shape}; make it anew with nmjax.init_state"
+                )
+        if "mask" in stored:
+            if self.recipe.dgrad == "weight-own-mask" and "mask_dgrad" not in stored:
+                raise ValueError(self._missing("mask_dgrad"))
+            return stored
+        if self.recipe.keeps_mask:
+            raise ValueError(self._missing("mask"))
+        if "logits" in entry and self.recipe.mask == "learned":
+            logits = entry["logits"]
+            return {"mask": best_mask(logits, self.pattern, axis=self.axis)}
+        return self.choose_masks(w)
+
+    def mask(self, w: jax.Array, entry: Entry) -> jax.Array:
+        """The mask that fprop reads of `w`; raises as `masks`."""
+        return self.masks(w, entry)["mask"]
+
+    def apply(self, w: jax.Array, entry: Entry) -> jax.Array:
+        """The weight of fprop, with the gradient that the recipe prescribes.
+
+        Args:
+          w: Master weight as stored.
+          entry: What the state holds for it.
+
+        Returns:
+          Shape and dtype of `w`; `w` itself where the recipe masks no weight.
+
+        Raises:
+          ValueError: As `masks`.
+        """
+        recipe = self.recipe
+        if not recipe.masks_weight:
+            return w
+        if recipe.mask == "learned" and "mask" not in entry:
+            return self._apply_learned(w, entry)
+        mask = self.mask(w, entry)
+        if recipe.mask == "soft-threshold":
+            if "scale" not in entry:
+                raise ValueError(self._missing("scale"))
+            scale, axis = entry["scale"], self.axis
+            return estimators.soft_threshold(w, mask, scale, self.pattern, axis)
+        if recipe.gradient == "none":
+            w = jax.lax.stop_gradient(w)
+        if recipe.gradient != "straight-through":
+            return estimators.masked(w, mask)
+        decay = recipe.decay if recipe.decay_in == "op" else 0
+        return estimators.straight_through(w, mask, decay, recipe.multipliers)
+
+    def apply_dgrad(self, w: jax.Array, entry: Entry) -> jax.Array | None:
+        """The weight of dgrad where it is not fprop's: a constant, or None."""
+        if self.recipe.dgrad != "weight-own-mask":
+            return None
+        w = jax.lax.stop_gradient(w)
+        return estimators.masked(w, self.masks(w, entry)["mask_dgrad"])
+
+    def _apply_learned(self, w: jax.Array, entry: Entry) -> jax.Array:
+        if self.recipe.gradient == "none":
+            w = jax.lax.stop_gradient(w)
+        if "logits" not in entry:
+            self.choose_mask(w)  # says what is missing
+        if "key" not in entry:
+            message = f"{self.path}: {NO_KEY}"
+            pattern, axis = self.pattern, self.axis
+            return _without_noise(message, pattern, axis, w, entry["logits"])
+        if "temperature" not in entry:
+            raise ValueError(self._missing("temperature"))
+        mask = sample_mask(
+            entry["logits"],
+            entry["key"].reshape(-1)[0],
+            self.pattern,
+            axis=self.axis,
+            temperature=entry["temperature"].reshape(-1)[0],
+        )
+        return mask.astype(w.dtype) * w
+
+    def _missing(self, name: str) -> str:
+        return (
+            f"{self.path}: recipe {self.recipe.name!r} keeps its {name} in the state "
+            "and none was given; call state = nmjax.init_state(params, plan) and pass "
+            'it: model.apply({"params": params, "nm": state}, ...)'
+        )
+
+    def flat_logits(self, logits: jax.Array) -> jax.Array:
+        """Logits with the rank of the weight, for a box that a scan may slice."""
+        at = logits.ndim + self.axis
+        joined = logits.shape[at - 1] * logits.shape[at]
+        shape = (*logits.shape[: at - 1], joined, *logits.shape[at + 1 :])
+        return logits.reshape(shape)
+
+    def unflat_logits(self, flat: jax.Array) -> jax.Array:
+        """The inverse of `flat_logits`."""
+        at = flat.ndim + self.axis
+        number = len(patterns(self.pattern))
+        shape = (*flat.shape[:at], -1, number, *flat.shape[at + 1 :])
+        return flat.reshape(shape)
+
+
+NO_KEY = (
+    "training needs random bits and none were given; in linen pass a key, "
+    'model.apply(..., rngs={"nm": key}), in nnx call nmjax.nnx.set_key(model, key)'
+)
+
+
+def _on_last_axes(choose, w: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """`choose` of the matrices that two axes of `w` span."""
+    if axes == (-2, -1):
+        return choose(w)
+    return jnp.moveaxis(choose(jnp.moveaxis(w, axes, (-2, -1))), (-2, -1), axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _without_noise(message, pattern, axis, w: jax.Array, logits: jax.Array):
+    """`w` under its most probable mask; a gradient of it is refused."""
+    del message
+    return estimators.masked(w, best_mask(logits, pattern, axis=axis))
+
+
+def _refuse(message, *_):
+    raise ValueError(message)
+
+
+_without_noise.defvjp(
+    lambda message, pattern, axis, w, logits: (
+        _without_noise(message, pattern, axis, w, logits),
+        None,
+    ),
+    _refuse,
+)
