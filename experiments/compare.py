@@ -187,7 +187,7 @@ def _convert(arm: Arm, run: Options, unit, data: datasets.Data) -> Record:
         arm.pattern,
         *unit,
         top1=100 * top1,
-        sparse_layers=len(plan.sparse),
+        sparse_layers=len(plan.masked),
         step_seconds=None,
         flip_rate=None,
         retained_magnitude=float(retained["total"]),

@@ -43,6 +43,16 @@ METHODS: dict[str, Method] = {
     DENSE: Method("dense", "dense", patterns=()),
     "sr_ste": Method("SR-STE", "sr_ste", {"decay": 2e-4}),
     "ste": Method("STE", "ste"),
+    "transposable": Method("transposable", "transposable"),
+    "bi_mask": Method("Bi-Mask", "bi_mask"),
+    "fst": Method("FST", "fst"),
+    "semi_sparse_weight": Method(
+        "semi-sparse weight", "semi_sparse_weight", patterns=("2:4",)
+    ),
+    "semi_sparse_activation": Method(
+        "semi-sparse activation", "semi_sparse_activation", patterns=("2:4",)
+    ),
+    "s_ste": Method("S-STE", "s_ste"),
     "one_shot": Method(
         "one-shot, batch norm re-estimated",
         "one_shot",
@@ -223,7 +233,8 @@ def options_of(arm: Arm, options: CompareOptions, fold: int, seed: int) -> Optio
     if arm.start is not None:
         changes["pretrained"] = run_folder(arm.start, options, fold, seed)
     if options.epochs is not None:
-        changes["epochs"] = options.epochs
+        warmup = min(base.optim.lr_warmup_epochs, options.epochs / 2)
+        changes |= {"epochs": options.epochs, "lr_warmup_epochs": warmup}
     if options.train_size is not None:
         changes["train_size"] = options.train_size
     return base.replace(**{**changes, **method.options})

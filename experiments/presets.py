@@ -10,7 +10,22 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Dataset = Literal["digits", "fashion_mnist", "imagenet2012", "image_folder"]
-Recipe = Literal["dense", "ste", "sr_ste", "one_shot", "frozen"]
+Recipe = Literal[
+    "dense",
+    "ste",
+    "sr_ste",
+    "transposable",
+    "bi_mask",
+    "fst",
+    "semi_sparse_weight",
+    "semi_sparse_activation",
+    "two_by_four",
+    "s_ste",
+    "step",
+    "learned",
+    "one_shot",
+    "frozen",
+]
 Model = Literal["resnet8", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
@@ -70,10 +85,10 @@ class ModelOptions:
 class SparsityOptions:
     """What is N:M sparse, and how."""
 
-    # Function of nmjax.recipes. sr_ste: magnitude mask at every step and the decay
-    # below (arXiv:2102.04010); ste: without the decay; one_shot: the mask is chosen
-    # once and dropped weights get no gradient; frozen: the mask is chosen once and
-    # dropped weights get one.
+    # Function of nmjax.recipes, where each is explained. sr_ste: magnitude mask at
+    # every step and the decay below (arXiv:2102.04010); ste: without the decay;
+    # transposable: one mask along both axes; one_shot: the mask is chosen once and
+    # dropped weights get no gradient; frozen: the same, and dropped weights get one.
     recipe: Recipe = "sr_ste"
 
     # N:M: n weights kept of every m consecutive ones along the contracted axis.

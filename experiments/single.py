@@ -255,7 +255,7 @@ class Outcome:
     Attributes:
       top1: Share of the test images whose class has the highest logit.
       top5: The same among the five highest; None with fewer than six classes.
-      sparse_layers: Parameters that were checked to be N:M.
+      sparse_layers: Masked parameters, which were checked to be N:M.
       step_seconds: Median seconds per optimizer step; None if no step was left.
     """
 
@@ -310,14 +310,14 @@ def check_run(folder: Path) -> int:
     """Checks the masks that the last checkpoint of a run used.
 
     Returns:
-      The number of sparse parameters, all of them N:M; 0 for a dense run.
+      The number of masked parameters, all of them N:M; 0 for a dense run.
 
     Raises:
       nmjax.CheckError: One is not.
     """
     saved = training.restore(folder)
     nmjax.check(saved["params"], saved["plan"], saved["masks"])
-    return len(saved["plan"].sparse)
+    return len(saved["plan"].masked)
 
 
 def evaluate_run(

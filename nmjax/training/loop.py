@@ -135,7 +135,7 @@ class Loop:
         self._clock = _Clock()
         self._signals = StopSignals(every=config.log_every)
         self._checkpoints = CheckpointWriter(run_dir, keep=config.keep)
-        masked = any(phase.plan.sparse for phase in phases)
+        masked = any(phase.plan.masked for phase in phases)
         names = columns(data.num_classes, sparse=masked)
         primary = jax.process_index() == 0
         self._metrics = MetricsWriter(run_dir, names, step=self._step, primary=primary)
