@@ -15,6 +15,7 @@ from nmjax.audit import CheckError as CheckError
 from nmjax.audit import check as check
 from nmjax.audit import summary as summary
 from nmjax.decay import add_decay as add_decay
+from nmjax.decay import choose_decay as choose_decay
 from nmjax.estimators import s_ste as s_ste
 from nmjax.estimators import sr_ste as sr_ste
 from nmjax.estimators import ste as ste
@@ -30,6 +31,7 @@ from nmjax.planning import PlanError as PlanError
 from nmjax.planning import plan_params as plan_params
 from nmjax.recipe import Recipe as Recipe
 from nmjax.rules import Rule as Rule
+from nmjax.rules import phases as phases
 from nmjax.sampling import mvue as mvue
 from nmjax.schedule import Schedule as Schedule
 from nmjax.state import bake as bake
@@ -42,6 +44,8 @@ from nmjax.state import sparsify_params as sparsify_params
 from nmjax.swap import densify as densify
 from nmjax.swap import plan as plan
 from nmjax.swap import sparsify as sparsify
+from nmjax.two_phase import switched as switched
+from nmjax.two_phase import two_phase_adam as two_phase_adam
 
 _ON_FIRST_USE = ("metrics", "nnx", "training")
 

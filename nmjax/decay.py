@@ -1,6 +1,7 @@
 """The SR-STE term as a gradient transformation, added once for each optimizer step."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -84,3 +85,50 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
         return map_named(add, updates), AddDecayState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def choose_decay(
+    dense: float,
+    sparse: Mapping[float, float],
+    *,
+    low: float = 0.6,
+    high: float = 0.95,
+) -> float:
+    """Picks λ from flip rates in warm-up (arXiv:2404.01847).
+
+    Masked decay is right when masks flip slightly less often than the masks of a dense
+    network would: μ = r_sparse / r_dense in [0.6, 0.95]. Train a few hundred steps
+    dense and, from the same weights, with each candidate; `nmjax.metrics.flip_rate` of
+    the prepared masks, averaged, is r.
+
+    Args:
+      dense: Flip rate of the masks that the dense network would have.
+      sparse: By candidate λ, the flip rate of the masks in training.
+      low: Least ratio that is acceptable.
+      high: Greatest.
+
+    Returns:
+      The smallest λ whose ratio is acceptable: the least that tames the masks.
+
+    Raises:
+      ValueError: No candidate is acceptable; the message lists their ratios and says
+        in which direction to look. Or a rate is not a positive finite number.
+    """
+    if not (math.isfinite(dense) and dense > 0):
+        raise ValueError(f"the dense flip rate must be above 0, got {dense}")
+    if not sparse or not all(math.isfinite(r) and r >= 0 for r in sparse.values()):
+        raise ValueError(f"expected finite flip rates by decay, got {dict(sparse)}")
+    ratios = {decay: rate / dense for decay, rate in sorted(sparse.items())}
+    for decay, ratio in ratios.items():
+        if low <= ratio <= high:
+            return decay
+    over = [decay for decay, ratio in ratios.items() if ratio > high]
+    under = [decay for decay, ratio in ratios.items() if ratio < low]
+    way = f"above {max(over)}" if over else ""
+    way += " and " if over and under else ""
+    way += f"below {min(under)}" if under else ""
+    shown = {decay: round(ratio, 3) for decay, ratio in ratios.items()}
+    raise ValueError(
+        f"no decay has a ratio of flip rates in [{low}, {high}]: {shown}; "
+        f"try some {way}"
+    )

@@ -55,6 +55,12 @@ class Gemm(Protocol):
         """`dy` after a change of its matrices `(…, tokens, out)`."""
         ...
 
+    def restore(
+        self, pattern: NMPattern, x: jax.Array, dy: jax.Array
+    ) -> "tuple[Gemm, jax.Array, jax.Array]":
+        """The GEMM, x and dy of wgrad at fixed tokens."""
+        ...
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def three_gemms(
@@ -96,13 +102,12 @@ def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
     x, w, w_dgrad, key = residuals
     w_read = w if w_dgrad is None else w_dgrad
     (dx,) = jax.linear_transpose(lambda x: gemm(x, w_read), x)(dy)
-    match None if recipe is None else recipe.wgrad:
-        case "gradient":
-            if key is None:
-                raise ValueError(no_key)
-            dy = gemm.on_rows(functools.partial(_sampled, recipe.pattern, key), dy, x)
-        case "activation-fixed":
-            dy = gemm.on_rows(functools.partial(_restored, recipe.pattern), dy, x)
+    if recipe is not None and recipe.wgrad == "gradient":
+        if key is None:
+            raise ValueError(no_key)
+        dy = gemm.on_rows(functools.partial(_sampled, recipe.pattern, key), dy, x)
+    if recipe is not None and recipe.wgrad == "activation-fixed":
+        gemm, x, dy = gemm.restore(recipe.pattern, x, dy)
     (dw,) = jax.linear_transpose(lambda w: gemm(x, w), w)(dy)
     return dx, dw, None, None
 
@@ -124,22 +129,41 @@ def _sampled(pattern: NMPattern, key: jax.Array, dy: jax.Array) -> jax.Array:
     return lax.slice_in_dim(values, 0, dy.shape[-2], axis=-2)
 
 
-def _restored(pattern: NMPattern, dy: jax.Array) -> jax.Array:
-    """dy `(…, tokens, out)`: kept tokens receive that of the ones left out after them.
+def _kept_places(pattern: NMPattern) -> list[int]:
+    """The places kept of every m tokens, spread evenly from the first: 0, 2 of 4."""
+    return [i * pattern.m // pattern.n for i in range(pattern.n)]
 
-    The places kept of every m tokens are spread evenly, the first among them: 0 and 2
-    of 4. The others become zero, so wgrad does not read their x.
-    """
-    n, m, tokens = pattern.n, pattern.m, dy.shape[-2]
-    padded = _fill_rows(dy, m)
-    groups = padded.reshape(*padded.shape[:-2], -1, m, padded.shape[-1])
-    kept = [i * m // n for i in range(n)]
-    rows = []
-    for start, end in itertools.pairwise([*kept, m]):
-        total = jnp.sum(groups[..., start:end, :], -2, keepdims=True)
-        rows += [total] + [jnp.zeros_like(total)] * (end - start - 1)
-    joined = jnp.concatenate(rows, axis=-2).reshape(padded.shape)
-    return lax.slice_in_dim(joined, 0, tokens, axis=-2)
+
+def _kept_rows(pattern: NMPattern, x: jax.Array) -> jax.Array:
+    """x `(…, tokens, features)` at the kept places: `(…, tokens · n / m, features)`."""
+    groups = _grouped(pattern, x)
+    kept = groups[..., jnp.asarray(_kept_places(pattern)), :]
+    return kept.reshape(*x.shape[:-2], -1, x.shape[-1])
+
+
+def _joined_rows(pattern: NMPattern, dy: jax.Array) -> jax.Array:
+    """dy `(…, tokens, out)` summed over each kept place and those left out after it."""
+    groups = _grouped(pattern, dy)
+    borders = itertools.pairwise([*_kept_places(pattern), pattern.m])
+    sums = [jnp.sum(groups[..., a:b, :], -2) for a, b in borders]
+    return jnp.stack(sums, -2).reshape(*dy.shape[:-2], -1, dy.shape[-1])
+
+
+def _spread_rows(pattern: NMPattern, dy: jax.Array) -> jax.Array:
+    """As `_joined_rows`, with zeros at the places left out: the shape of `dy`."""
+    joined = _joined_rows(pattern, dy)
+    rows = joined.reshape(*dy.shape[:-2], -1, pattern.n, dy.shape[-1])
+    shape = (*rows.shape[:-2], pattern.m, rows.shape[-1])
+    groups = jnp.zeros(shape, dy.dtype)
+    groups = groups.at[..., jnp.asarray(_kept_places(pattern)), :].set(rows)
+    spread = groups.reshape(*dy.shape[:-2], -1, dy.shape[-1])
+    return lax.slice_in_dim(spread, 0, dy.shape[-2], axis=-2)
+
+
+def _grouped(pattern: NMPattern, rows: jax.Array) -> jax.Array:
+    """`(…, tokens, columns)` -> `(…, groups, m, columns)`."""
+    rows = _fill_rows(rows, pattern.m)
+    return rows.reshape(*rows.shape[:-2], -1, pattern.m, rows.shape[-1])
 
 
 def _fill_rows(rows: jax.Array, m: int) -> jax.Array:
@@ -168,20 +192,41 @@ class _Dot:
 
     def on_tokens(self, change: OnRows, x: jax.Array) -> jax.Array:
         """`x` after a change of its matrices `(…, tokens, features)`."""
-        (contracted, _), (batch, _) = self.dimension_numbers
-        known = {*contracted, *batch}
-        free = [axis for axis in range(x.ndim) if axis not in known]
-        order = (*batch, *free, *contracted)
+        order, batch, rows = self._order(x)
         moved = jnp.transpose(x, order)
-        split = len(batch), len(batch) + len(free)
-        matrices = change(moved.reshape(_matrix_shape(moved.shape, *split)))
+        shape = _matrix_shape(moved.shape, batch, batch + rows)
+        matrices = change(moved.reshape(shape))
         back = [order.index(axis) for axis in range(x.ndim)]
         return jnp.transpose(matrices.reshape(moved.shape), back)
 
     def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
-        (contracted, _), (batch, _) = self.dimension_numbers
-        shape = _matrix_shape(dy.shape, len(batch), x.ndim - len(contracted))
+        _, batch, rows = self._order(x)
+        shape = _matrix_shape(dy.shape, batch, batch + rows)
         return change(dy.reshape(shape)).reshape(dy.shape)
+
+    def restore(
+        self, pattern: NMPattern, x: jax.Array, dy: jax.Array
+    ) -> tuple["_Dot", jax.Array, jax.Array]:
+        """The GEMM of the kept tokens alone, whose tokens are one axis."""
+        order, batch, rows = self._order(x)
+        moved, end = jnp.transpose(x, order), batch + rows
+        x = _kept_rows(pattern, moved.reshape(_matrix_shape(moved.shape, batch, end)))
+        x = x.reshape(*x.shape[:-1], *moved.shape[end:])
+        columns = dy.shape[end:]
+        dy = dy.reshape(_matrix_shape(dy.shape, batch, end))
+        dy = _joined_rows(pattern, dy)
+        (_, w_contracted), (_, w_batch) = self.dimension_numbers
+        contracted = tuple(range(batch + 1, x.ndim))
+        numbers = ((contracted, w_contracted), (tuple(range(batch)), w_batch))
+        gemm = dataclasses.replace(self, dimension_numbers=numbers)
+        return gemm, x, dy.reshape(*dy.shape[:-1], *columns)
+
+    def _order(self, x: jax.Array) -> tuple[tuple[int, ...], int, int]:
+        """Axes of x as batch, tokens, features; how many of the first two."""
+        (contracted, _), (batch, _) = self.dimension_numbers
+        known = {*contracted, *batch}
+        free = [axis for axis in range(x.ndim) if axis not in known]
+        return (*batch, *free, *contracted), len(batch), len(free)
 
 
 def _matrix_shape(shape: tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
@@ -226,6 +271,13 @@ class _Conv:
         matrix = change(moved.reshape(-1, moved.shape[-1]))
         back = [order.index(axis) for axis in range(dy.ndim)]
         return jnp.transpose(matrix.reshape(moved.shape), back)
+
+    def restore(
+        self, pattern: NMPattern, x: jax.Array, dy: jax.Array
+    ) -> tuple["_Conv", jax.Array, jax.Array]:
+        # Without a matrix of patches: a zero dy leaves a token out as well.
+        spread = functools.partial(_spread_rows, pattern)
+        return self, x, self.on_rows(spread, dy, x)
 
 
 def nm_dot_general(

@@ -247,18 +247,33 @@ class Recipe:
           progress: The share of the run that is done, from 0 to below 1.
 
         Returns:
-          A recipe with an empty schedule: `dense()` outside the sparse phase.
+          The recipe of that phase: `dense()` outside the sparse ones; with the pattern
+          of a gradual schedule; choosing its mask no more where masks are frozen.
         """
         when = self.schedule
         if not when.dense_until <= progress < when.dense_from:
             return Recipe("dense")
-        changes: dict[str, Any] = {"schedule": Schedule()}
+        changes: dict[str, Any] = {}
         for start, pattern in when.patterns:
             if start <= progress:
                 changes["pattern"] = pattern
         if progress >= when.freeze_from:
             changes["refresh"] = None
         return dataclasses.replace(self, **changes)
+
+    def during(self, *, dense_until: float, freeze_from: float) -> "Recipe":
+        """The recipe with a longer dense start or an earlier freeze, as fractions.
+
+        Raises:
+          ValueError: Its schedule has no room for them.
+        """
+        when = self.schedule
+        when = dataclasses.replace(
+            when,
+            dense_until=max(when.dense_until, dense_until),
+            freeze_from=min(when.freeze_from, freeze_from),
+        )
+        return dataclasses.replace(self, schedule=when)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON data; `from_dict` reads it back."""

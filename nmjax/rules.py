@@ -1,4 +1,4 @@
-"""Rules: what the user wants, by the path of a layer."""
+"""Rules: what the user wants, by the path of a layer and by the part of the run."""
 
 import dataclasses
 import re
@@ -104,6 +104,85 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
                 f"expected nmjax.Rule, got {rule!r}; write nmjax.Rule('.*', '2:4')"
             )
     return rules
+
+
+@dataclasses.dataclass(frozen=True)
+class RulePhase:
+    """A part of a run in which every recipe is constant.
+
+    Attributes:
+      name: "dense" before the first sparse step, "sparse", "frozen" where no mask moves
+        any more, "finish" where all is dense again; "sparse-2" is a second "sparse".
+      first_step: The step with which it begins.
+      rules: The rules in force, for `nmjax.plan` and `nmjax.sparsify`.
+    """
+
+    name: str
+    first_step: int
+    rules: tuple[Rule, ...]
+
+
+def phases(rules: Rules, steps: int) -> tuple[RulePhase, ...]:
+    """Cuts a run at the borders of the schedules of its recipes.
+
+    Each phase has rules, hence a plan, a model and one compilation of its own. At a
+    border `nmjax.next_state` makes the state of the new phase from that of the old:
+
+        for phase in nmjax.phases(rules, steps):
+            model = nmjax.sparsify(dense_model, phase.rules)
+            plan = nmjax.plan(dense_model, phase.rules, *example)
+
+    Args:
+      rules: As for `nmjax.sparsify`.
+      steps: Length of the run in optimizer steps.
+
+    Returns:
+      The phases in order, the first at step 0; neighbours differ. Borders are rounded
+      to whole steps.
+
+    Raises:
+      ValueError: `steps` is below 1.
+    """
+    rules = as_rules(rules)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"a run has at least 1 step, got {steps!r}")
+    recipes = [rule.recipe for rule in rules if rule.recipe is not None]
+    borders = sorted({0.0, *(b for recipe in recipes for b in recipe.schedule.borders)})
+    found: list[RulePhase] = []
+    for border in borders:
+        step, now = round(border * steps), tuple(_at(rule, border) for rule in rules)
+        if found and found[-1].first_step == step:
+            found.pop()
+        if step < steps and not (found and found[-1].rules == now):
+            found.append(RulePhase(_phase_name(found, now, border), step, now))
+    return _numbered(found)
+
+
+def _at(rule: Rule, progress: float) -> Rule:
+    if rule.recipe is None:
+        return rule
+    return dataclasses.replace(rule, recipe=rule.recipe.at(progress))
+
+
+def _phase_name(
+    before: list[RulePhase], rules: tuple[Rule, ...], progress: float
+) -> str:
+    recipes = [rule.recipe for rule in rules if rule.recipe is not None]
+    if not recipes:
+        sparse_before = any(phase.name != "dense" for phase in before)
+        return "finish" if sparse_before else "dense"
+    frozen = all(recipe.schedule.freeze_from <= progress for recipe in recipes)
+    return "frozen" if frozen else "sparse"
+
+
+def _numbered(phases: list[RulePhase]) -> tuple[RulePhase, ...]:
+    counts: dict[str, int] = {}
+    numbered = []
+    for phase in phases:
+        counts[phase.name] = number = counts.get(phase.name, 0) + 1
+        suffix = f"-{number}" if number > 1 else ""
+        numbered.append(dataclasses.replace(phase, name=phase.name + suffix))
+    return tuple(numbered)
 
 
 def layer_path(path: str) -> str:

@@ -24,7 +24,8 @@ LAYERS = [
     {"nmjax.sparsity"},
     {"nmjax.sparse_kernel"},
     {"nmjax.recording", "nmjax.state"},
-    {"nmjax.linen", "nmjax.nnx", "nmjax.decay", "nmjax.metrics", "nmjax.audit"},
+    {"nmjax.decay", "nmjax.two_phase"},
+    {"nmjax.linen", "nmjax.nnx", "nmjax.metrics", "nmjax.audit"},
     {"nmjax.swap"},
     {"nmjax.pruning"},
     {"nmjax"},  # the public names, as nmjax/__init__.py lists them

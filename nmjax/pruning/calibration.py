@@ -16,11 +16,10 @@ from flax import linen as nn
 from jax.core import Tracer
 
 from nmjax.paths import map_named, named_leaves
-from nmjax.pattern import NMPattern
 from nmjax.planning import Plan
 from nmjax.pruning.layers import Layer
 from nmjax.rules import Rules, layer_path
-from nmjax.sparse_kernel import Sparsity
+from nmjax.sparsity import Sparsity
 from nmjax.swap import densify, plan
 
 Batch = Any
@@ -44,12 +43,21 @@ class Calibration:
         batches: Iterable[Batch],
         variables: Mapping[str, Any] | None,
         kwargs: Mapping[str, Any] | None,
+        masks: tuple[str, ...],
     ):
         """Makes the plan and checks what can be checked before the model runs.
 
+        Args:
+          model: A linen or nnx model.
+          rules: What to prune.
+          batches: Calibration inputs.
+          variables: Variables of a linen model, None for nnx.
+          kwargs: Keyword arguments of the model's call.
+          masks: Which `Recipe.mask` the method can make.
+
         Raises:
           ValueError: There are no batches; a linen model came without variables or an
-            nnx model with them; the plan has nothing sparse, or a ragged axis.
+            nnx model with them; the plan has nothing sparse, or other masks.
           PlanError: As `nmjax.plan`.
         """
         self._batches = [b if isinstance(b, tuple) else (b,) for b in batches]
@@ -77,11 +85,11 @@ class Calibration:
             import nmjax.nnx
 
             self.params = nmjax.nnx.params(self._model)
-        self._check_plan()
+        self._check_plan(masks)
 
-    def pattern(self, path: str) -> NMPattern:
-        """The pattern that the plan has for a sparse kernel."""
-        return Sparsity.of(self.plan[path]).pattern
+    def sparsity(self, path: str) -> Sparsity:
+        """What the plan has for a sparse kernel."""
+        return Sparsity.of(self.plan[path])
 
     def order(self) -> list[str]:
         """Paths of the sparse kernels in the order in which the model reads them.
@@ -121,8 +129,8 @@ class Calibration:
                 raise ValueError(
                     f"{inside} are called inside a scan, vmap, remat or jit of the "
                     "model, out of which their inputs cannot be taken: build the model "
-                    f"without it for pruning, or leave them dense, "
-                    f"{_dense_rule(inside[0])}"
+                    "without it for pruning, or leave them dense, "
+                    f"nmjax.Rule({re.escape(layer_path(inside[0]))!r}, None)"
                 )
             for layer, x in calls:
                 missing.pop(layer.path, None)
@@ -133,23 +141,23 @@ class Calibration:
                 "the model hides them): leave them dense by a rule"
             )
 
-    def _check_plan(self) -> None:
+    def _check_plan(self, masks: tuple[str, ...]) -> None:
         leaves = named_leaves(self.params)
         if not self.plan.sparse:
             reasons = {entry.path: entry.reason for entry in self.plan}
             raise ValueError(f"the plan makes nothing sparse: {reasons}")
         for entry in self.plan.sparse:
-            path, shape, pattern = entry.path, entry.shape, self.pattern(entry.path)
-            if path not in leaves or tuple(leaves[path].shape) != shape:
+            path, recipe = entry.path, self.sparsity(entry.path).recipe
+            if path not in leaves or tuple(leaves[path].shape) != entry.shape:
                 raise ValueError(
-                    f"the plan has {path} of shape {shape}, the parameters do not; "
-                    f"they have {list(leaves)}"
+                    f"the plan has {path} of shape {entry.shape}, the parameters do "
+                    f"not; they have {list(leaves)}"
                 )
-            if shape[entry.axis] % pattern.m:
+            if recipe.mask not in masks:
                 raise ValueError(
-                    f"{path}: axis {entry.axis} of shape {shape} is ragged for "
-                    f"{pattern}, which pruning after training does not do: leave it "
-                    f"dense, {_dense_rule(path)}"
+                    f"{path}: recipe {recipe.name!r} has mask={recipe.mask!r}, and "
+                    f"this method prunes to masks of {masks}: give a pattern such as "
+                    '"2:4" instead of the recipe'
                 )
 
     def _run(self, params: Any, batch: tuple, note: Callable[..., None]) -> None:
@@ -159,10 +167,6 @@ class Calibration:
                 self._model.apply(variables, *batch, **self._kwargs)
         else:
             _run_nnx(self._model, params, batch, self._kwargs, note)
-
-
-def _dense_rule(path: str) -> str:
-    return f"nmjax.Rule({re.escape(layer_path(path))!r}, None)"
 
 
 def with_leaves(params: Any, new: Mapping[str, Any]) -> Any:

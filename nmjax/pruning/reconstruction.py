@@ -1,6 +1,7 @@
 """AdaPrune: a pruned layer learns to compute what the dense layer did.
 
-The N:M mask E of a layer is that of its magnitudes, and stays. Then Adam changes what
+The mask E of a layer is the one that its recipe chooses from the dense weight: by
+magnitude, transposable or by tiles; it stays. Then Adam changes what
 is kept, and the bias, so as to minimise over cached calibration inputs x
 
     ‖f(E ⊙ W', b'; x) − f(W, b; x)‖²
@@ -17,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nmjax.masks import magnitude_mask
 from nmjax.paths import named_leaves
 from nmjax.planning import Plan
 from nmjax.pruning.calibration import Batch, Calibration, with_leaves
@@ -66,8 +66,8 @@ def ada_prune(
 
     Raises:
       ValueError: A layer's inputs cannot be had (see `nmjax.pruning.calibration`) or
-        differ in shape from batch to batch; a calibration input is not finite; an
-        option is out of range.
+        differ in shape from batch to batch; a calibration input is not finite; a recipe
+        chooses no mask from the weight; an option is out of range.
       PlanError: As `nmjax.plan`.
       ImportError: optax is not installed.
     """
@@ -75,7 +75,8 @@ def ada_prune(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     adam = _adam()
-    calibration = Calibration(model, rules, batches, variables, kwargs)
+    masks = ("magnitude", "transposable", "tile")
+    calibration = Calibration(model, rules, batches, variables, kwargs, masks)
     leaves = named_leaves(calibration.params)
     new: dict[str, jax.Array] = {}
     reports = []
@@ -86,8 +87,7 @@ def ada_prune(
         dense = {"kernel": jnp.asarray(leaves[path], jnp.float32)}
         if layer.bias_path in leaves:
             dense["bias"] = jnp.asarray(leaves[layer.bias_path], jnp.float32)
-        axis, pattern = calibration.plan[path].axis, calibration.pattern(path)
-        mask = magnitude_mask(dense["kernel"], pattern, axis=axis)
+        mask = calibration.sparsity(path).choose_mask(dense["kernel"])
         start = {**dense, "kernel": jnp.where(mask, dense["kernel"], 0)}
         error = jax.jit(functools.partial(_relative_error, layer))
         before = float(error(start, dense, x))

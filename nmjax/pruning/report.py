@@ -17,7 +17,8 @@ class LayerReport:
     Attributes:
       path: Path of the kernel.
       samples: Number of inputs (rows of the GEMM; for `ada_prune`, examples).
-      magnitude_error: Error after plain magnitude pruning.
+      magnitude_error: Error of the magnitude-pruned layer: of what the recipe makes of
+        the dense weight, unchanged.
       error: Error of the result.
     """
 

@@ -13,6 +13,7 @@ and for each row pass the error of what was dropped on to the later rows.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -28,7 +29,8 @@ from nmjax.planning import Plan
 from nmjax.pruning.calibration import Batch, Calibration, with_leaves
 from nmjax.pruning.layers import Layer, from_matrices, to_matrices, why_not_a_gemm
 from nmjax.pruning.report import LayerReport, Pruned
-from nmjax.rules import Rules
+from nmjax.rules import Rules, layer_path
+from nmjax.sparsity import Sparsity
 
 # Rows whose errors are passed on to the rows behind them in one GEMM.
 _ROWS_PER_BLOCK = 128
@@ -70,14 +72,17 @@ def sparse_gpt(
       Parameters, plan and the error of each layer.
 
     Raises:
-      ValueError: A layer of the plan is no plain GEMM or convolution, or its inputs
-        cannot be had (see `nmjax.pruning.calibration`); `damping` is not above 0; a
-        calibration input is not finite.
+      ValueError: A layer of the plan is no plain GEMM or convolution, its axis is
+        ragged, its recipe's mask is not by magnitude, or its inputs cannot be had (see
+        `nmjax.pruning.calibration`); `damping` is not above 0; a calibration input is
+        not finite.
       PlanError: As `nmjax.plan`.
     """
     if not damping > 0:
         raise ValueError(f"damping must be above 0, got {damping}")
-    calibration = Calibration(model, rules, batches, variables, kwargs)
+    masks = ("magnitude",)
+    calibration = Calibration(model, rules, batches, variables, kwargs, masks)
+    _refuse_ragged(calibration.plan)
     order = calibration.order()
     params, reports = calibration.params, []
     hessians = {} if sequential else _hessians(calibration, params, order)
@@ -85,7 +90,7 @@ def sparse_gpt(
         if sequential:
             hessians = _hessians(calibration, params, [path])
         hessian, samples = hessians.pop(path)
-        entry, pattern = calibration.plan[path], calibration.pattern(path)
+        entry, pattern = calibration.plan[path], calibration.sparsity(path).pattern
         kernel = named_leaves(calibration.params)[path]
         w = to_matrices(
             jnp.asarray(kernel, jnp.float32), entry.axes, len(hessian)
@@ -131,6 +136,18 @@ def obs_prune(
         )
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
     return _obs_prune(w, hessian, jnp.float32(damping), pattern)
+
+
+def _refuse_ragged(plan: Plan) -> None:
+    for entry in plan.sparse:
+        pattern = Sparsity.of(entry).pattern
+        if entry.shape[entry.axis] % pattern.m:
+            rule = f"nmjax.Rule({re.escape(layer_path(entry.path))!r}, None)"
+            raise ValueError(
+                f"{entry.path}: axis {entry.axis} of shape {entry.shape} is ragged for "
+                f"{pattern}, which sparse_gpt cannot prune: leave it dense, {rule}, or "
+                "use ada_prune"
+            )
 
 
 def _hessians(

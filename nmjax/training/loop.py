@@ -189,8 +189,8 @@ class Loop:
     def _do_step(self) -> None:
         phase = phase_of_step(self._phases, self._step)
         if phase is not self._phase:
+            self._state = jit_enter_phase(self._phase, phase)(self._state)
             self._phase = phase
-            self._state = jit_enter_phase(phase)(self._state)
             self._mask_sizes = _sizes(self._state.masks)
             self._clock.pause()
         batch = put_batch(next(self._batches), self._mesh)

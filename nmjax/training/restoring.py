@@ -97,8 +97,8 @@ def restore(path: str | Path, step: int | None = None) -> dict[str, Any]:
 
     Returns:
       `params`, `batch_stats`, `nm`, `masks`: nested dictionaries of NumPy arrays;
-      `plan` (Plan), `step`, `config` (TrainConfig), `phase` ("dense", "sparse" or
-      "frozen"), `test` (metrics at this step, or None).
+      `plan` (Plan), `step`, `config` (TrainConfig), `phase` ("dense", "sparse",
+      "frozen" or "finish"), `test` (metrics at this step, or None).
 
     Raises:
       CheckpointError: There is no such checkpoint, or another version wrote it.

@@ -1,14 +1,14 @@
 """The state of training, and its phases.
 
-A run has up to three phases: dense (no rule is applied), sparse, and frozen (masks
-stay as they are). Each has its own model and plan and is compiled once; what passes
-from one to the next is the state.
+The schedules of its recipes cut a run into phases: dense (no layer is sparse), sparse,
+frozen (masks stay as they are), and finish (dense again). Each has its own model and
+plan and is compiled once; what passes from one to the next is the state.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -20,11 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nmjax
 from nmjax.planning import Plan
-from nmjax.recipes import Recipe, frozen
 from nmjax.rules import Rule, Rules, as_rules
 from nmjax.training.config import TrainConfig
-
-PhaseName = Literal["dense", "sparse", "frozen"]
 
 
 @flax.struct.dataclass
@@ -58,7 +55,7 @@ class Phase:
     share a compilation.
 
     Attributes:
-      name: "dense", "sparse" or "frozen".
+      name: "dense", "sparse", "frozen" or "finish", as of `nmjax.phases`.
       first_step: The step with which it begins.
       model: The model with the rules of the phase applied.
       plan: The plan of model and rules.
@@ -67,7 +64,7 @@ class Phase:
       mesh: One axis, "data".
     """
 
-    name: PhaseName
+    name: str
     first_step: int
     model: nn.Module
     plan: Plan
@@ -93,41 +90,38 @@ def make_phases(
     Args:
       model: A linen model `(images, train) -> logits`.
       rules: As for `nmjax.sparsify`.
-      config: Its `dense_epochs` and `freeze_epochs` place the borders.
+      config: Its `dense_epochs` and `freeze_epochs` lengthen the dense start and the
+        frozen phase of every schedule.
       steps_per_epoch: Steps of one epoch.
       image_shape: Height, width, channels.
       mesh: One axis, "data".
 
     Raises:
       PlanError: The rules do not fit the model.
+      ValueError: A recipe learns its masks, or has no room for the config's phases.
     """
     example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     no_matter = {"seed": 0, "keep": 1, "log_every": 1, "checkpoint_every": None}
     static = dataclasses.replace(config, **no_matter)
 
-    def phase(name: PhaseName, epoch: int, rules: tuple[Rule, ...]) -> Phase:
-        plan = nmjax.plan(model, rules, example, train=False)
-        return Phase(
-            name=name,
-            first_step=epoch * steps_per_epoch,
-            model=nmjax.sparsify(model, rules) if plan.sparse else nmjax.densify(model),
-            plan=plan,
-            config=static,
-            steps_per_epoch=steps_per_epoch,
-            mesh=mesh,
+    scheduled = tuple(_scheduled(rule, config) for rule in as_rules(rules))
+    phases = []
+    for part in nmjax.phases(scheduled, config.epochs * steps_per_epoch):
+        plan = nmjax.plan(model, part.rules, example, train=False)
+        made = nmjax.sparsify if plan.sparse else lambda model, _: nmjax.densify(model)
+        phases.append(
+            Phase(
+                name=part.name,
+                first_step=part.first_step,
+                model=made(model, part.rules),
+                plan=plan,
+                config=static,
+                steps_per_epoch=steps_per_epoch,
+                mesh=mesh,
+            )
         )
-
-    rules = tuple(_decay_in_optimizer(rule) for rule in as_rules(rules))
-    sparse = phase("sparse", config.dense_epochs, rules)
-    if not sparse.plan.sparse:
-        return (dataclasses.replace(sparse, name="dense", first_step=0),)
-    phases = [sparse]
-    if config.dense_epochs:
-        phases.insert(0, phase("dense", 0, ()))
-    if config.freeze_epochs:
-        start = config.epochs - config.freeze_epochs
-        last = phase("frozen", start, tuple(_freeze(rule) for rule in rules))
-        phases = [p for p in phases if p.first_step < last.first_step] + [last]
+    if not any(phase.plan.sparse for phase in phases):
+        return (dataclasses.replace(phases[-1], name="dense", first_step=0),)
     return tuple(phases)
 
 
@@ -136,19 +130,22 @@ def phase_of_step(phases: Sequence[Phase], step: int) -> Phase:
     return [phase for phase in phases if phase.first_step <= step][-1]
 
 
-def _decay_in_optimizer(rule: Rule) -> Rule:
-    if rule.recipe is None:
+def _scheduled(rule: Rule, config: TrainConfig) -> Rule:
+    """The rule with the config's phases, and decay moved into the optimizer."""
+    recipe = rule.recipe
+    if recipe is None:
         return rule
-    return dataclasses.replace(
-        rule, recipe=dataclasses.replace(rule.recipe, decay_in="optimizer")
-    )
-
-
-def _freeze(rule: Rule) -> Rule:
-    recipe: Recipe | None = rule.recipe
-    if recipe is None or recipe.refresh is None or recipe.pattern is None:
-        return rule
-    recipe = frozen(recipe.pattern, decay=recipe.decay, decay_in="optimizer")
+    if recipe.mask == "learned":
+        raise ValueError(
+            f"Rule({rule.path!r}): recipe {recipe.name!r} trains logits, which "
+            "nmjax.training does not keep: write your own loop around nmjax.sparsify"
+        )
+    recipe = dataclasses.replace(recipe, decay_in="optimizer")
+    if config.dense_epochs or config.freeze_epochs:
+        recipe = recipe.during(
+            dense_until=config.dense_epochs / config.epochs,
+            freeze_from=1 - config.freeze_epochs / config.epochs,
+        )
     return dataclasses.replace(rule, recipe=recipe)
 
 
@@ -245,15 +242,12 @@ def new_train_state(phase: Phase, variables: Mapping[str, Any]) -> TrainState:
     )
 
 
-def enter_phase(phase: Phase, state: TrainState) -> TrainState:
+def enter_phase(before: Phase, phase: Phase, state: TrainState) -> TrainState:
     """The state with which a phase begins, after another; traceable.
 
     The frozen phase keeps the masks in force; the sparse phase chooses its own.
     """
-    if phase.name == "frozen" and state.masks:
-        nm = state.masks
-    else:
-        nm = nmjax.init_state(state.params, phase.plan)
+    nm = nmjax.next_state(state.params, phase.plan, state.masks, before.plan)
     masks = nmjax.prepare(state.params, phase.plan, nm)
     return dataclasses.replace(state, nm=nm, masks=masks)
 
@@ -268,10 +262,10 @@ def jit_new_train_state(phase: Phase) -> Callable[..., TrainState]:
 
 
 @functools.lru_cache(maxsize=64)
-def jit_enter_phase(phase: Phase) -> Callable[..., TrainState]:
+def jit_enter_phase(before: Phase, phase: Phase) -> Callable[..., TrainState]:
     """`state -> state`; the old one is donated."""
     return jax.jit(
-        functools.partial(enter_phase, phase),
+        functools.partial(enter_phase, before, phase),
         donate_argnums=0,
         out_shardings=NamedSharding(phase.mesh, PartitionSpec()),
     )

@@ -159,7 +159,7 @@ def _gradient(phase, state, batch_stats, batch, key):
             batch["image"],
             train=True,
             mutable=["batch_stats"],
-            rngs={"dropout": key},
+            rngs={"dropout": key, "nm": jax.random.fold_in(key, 1)},
         )
         logits = logits.astype(jnp.float32)
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])

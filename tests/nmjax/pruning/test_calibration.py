@@ -13,7 +13,7 @@ from tests.foreign import MODELS, draw
 
 
 def calibrate(model, rules, batches, variables=None, kwargs=None):
-    return Calibration(model, rules, batches, variables, kwargs)
+    return Calibration(model, rules, batches, variables, kwargs, ("magnitude",))
 
 
 class Mlp(nn.Module):
@@ -146,8 +146,8 @@ def test_bad_arguments():
         calibrate(MODELS["nnx_transformer"].build(), "2:4", [x], variables)
     with pytest.raises(ValueError, match="makes nothing sparse.*dense by rule"):
         calibrate(model, [nmjax.Rule(".*", None)], [x], variables, kwargs)
-    rules = [nmjax.Rule(".*", "2:3", ragged="pad")]
-    with pytest.raises(ValueError, match="axis -2 of shape .* is ragged for 2:3"):
+    rules = nmjax.recipes.transposable("2:4")
+    with pytest.raises(ValueError, match="mask='transposable', and this method"):
         calibrate(model, rules, [x], variables, kwargs)
     plan = nmjax.plan_params({"c": {"kernel": jnp.ones((8, 3))}}, "2:4")
     with pytest.raises(ValueError, match="the plan has c/kernel of shape"):

@@ -65,6 +65,26 @@ def test_one_layer_comes_close_to_least_squares(rng):
     assert least <= after < least + 0.1 * (before - least)
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        nmjax.recipes.transposable("2:4"),
+        [nmjax.Rule(".*", nmjax.recipes.one_shot("2:3"), ragged="dense-tail")],
+    ],
+    ids=["transposable", "ragged"],
+)
+def test_masks_are_the_recipes(rng, rules):
+    model, x = nn.Dense(8, use_bias=False), rng.normal(size=(64, 8)) + 1
+    x, w = x.astype(np.float32), rng.normal(size=(8, 8)).astype(np.float32)
+    result = ada_prune(model, rules, [x], variables={"params": {"kernel": w}}, steps=50)
+    state = nmjax.prepare(
+        {"kernel": w}, result.plan, nmjax.init_state({"kernel": w}, result.plan)
+    )
+    mask = np.asarray(state["kernel"]["mask"])
+    np.testing.assert_array_equal(np.asarray(result.params["kernel"]) != 0, mask)
+    assert result.layers[0].error < result.layers[0].magnitude_error
+
+
 def test_a_step_that_worsens_a_layer_is_not_taken(rng):
     model, x, params = dense_layer(rng)
     result = ada_prune(

@@ -128,6 +128,10 @@ def test_one_layer_beats_magnitude_and_reports_its_errors(rng):
     result = sparse_gpt(model, "2:4", [x[:40], x[40:]], variables={"params": params})
     assert_pruned(result, params)
     np.testing.assert_array_equal(result.params["bias"], 1)
+    # Fine-tuning with frozen masks starts from what was kept.
+    tuned = nmjax.plan(model, nmjax.recipes.one_shot("2:4"), x)
+    mask = nmjax.init_state(result.params, tuned)["kernel"]["mask"]
+    np.testing.assert_array_equal(mask, result.params["kernel"] != 0)
     (report,) = result.layers
     magnitude = oracle.masked(w, oracle.magnitude_mask(w, 2, 4))
     assert report.path == "kernel" and report.samples == 64
@@ -241,6 +245,14 @@ def test_a_layer_without_features_is_refused():
         sparse_gpt(
             foreign.build(), "2:4", [foreign.inputs()], variables=foreign.variables()
         )
+
+
+def test_a_ragged_axis_is_refused():
+    rules = [nmjax.Rule(".*", "2:3", ragged="pad")]
+    variables = {"params": {"kernel": np.ones((8, 2), np.float32)}}
+    model, x = nn.Dense(2, use_bias=False), np.ones((3, 8), np.float32)
+    with pytest.raises(ValueError, match="axis -2 of shape .* is ragged for 2:3"):
+        sparse_gpt(model, rules, [x], variables=variables)
 
 
 def test_inputs_that_are_not_finite_and_bad_damping(rng):

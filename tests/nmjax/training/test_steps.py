@@ -238,7 +238,7 @@ def test_frozen_masks_are_those_in_force_and_stay():
     state = jit_new_train_state(sparse)(variables_of())
     state, _ = one_step(sparse, state, batch_of())
     before = jax.device_get(state.masks)
-    state = jit_enter_phase(frozen)(state)
+    state = jit_enter_phase(sparse, frozen)(state)
     for _ in range(2):
         state, metrics = one_step(frozen, state, batch_of())
         assert metrics["sad"] == 0
