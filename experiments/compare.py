@@ -32,8 +32,10 @@ from experiments.plots import plot_comparison, plot_runs, read_metrics
 from experiments.presets import Options, flag
 from experiments.records import Record, Records
 from experiments.tables import Comparison, report
-from nmjax import training
+from nmjax import pruning, training
 from nmjax.training.run_folder import versions
+
+_CALIBRATION = 4  # batches of training images for pruning after training
 
 _say = functools.partial(print, flush=True)
 
@@ -166,15 +168,22 @@ def _convert(arm: Arm, run: Options, unit, data: datasets.Data) -> Record:
     saved = training.restore(run.model.pretrained or "")
     model, rules = single.make_model(run, data), single.sparsity_rules(run)
     plan = nmjax.plan(model, rules, single.example(data))
-    state = nmjax.init_state(saved["params"], plan)
-    masks = nmjax.prepare(saved["params"], plan, state)
-    nmjax.check(saved["params"], plan, masks)
-    variables = {
-        **{name: saved[name] for name in ("params", "batch_stats")},
-        "nm": state,
-    }
-    batch = run.optim.batch_size
-    if arm.method.reestimate:
+    batch, method = run.optim.batch_size, arm.method
+    variables = {name: saved[name] for name in ("params", "batch_stats")}
+    if method.prune is not None:
+        batches = data.train_batches(batch, seed=run.run.seed)
+        pruned = getattr(pruning, method.prune)(
+            model,
+            rules,
+            [next(batches)["image"] for _ in range(_CALIBRATION)],
+            variables=variables,
+            kwargs={"train": False},
+        )
+        variables["params"] = pruned.params
+    variables["nm"] = nmjax.init_state(variables["params"], plan)
+    masks = nmjax.prepare(variables["params"], plan, variables["nm"])
+    nmjax.check(variables["params"], plan, masks)
+    if method.reestimate:
         # The running averages forget by 0.9 a batch: after 100, nothing is left of
         # before.
         variables = training.reestimate_batch_stats(

@@ -23,6 +23,8 @@ class Method:
       patterns: The only patterns that it is defined for; None = any; () = it has none.
       start: The method whose trained network it begins with; None = a random one.
       trains: Whether it is trained; if not, it is what the recipe makes of `start`.
+      prune: Function of `nmjax.pruning` that prunes `start`, with training images to
+        calibrate it; None = by magnitude.
       reestimate: Whether batch norm sees training images again before the test.
       options: Options of its training that differ from those of the comparison.
     """
@@ -33,11 +35,27 @@ class Method:
     patterns: tuple[str, ...] | None = None
     start: str | None = None
     trains: bool = True
+    prune: str | None = None
     reestimate: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 DENSE = "dense"
+
+
+def _after_training(
+    label: str, prune: str | None = None, *, reestimate: bool = True
+) -> Method:
+    """A method that prunes the dense network and does not train it again."""
+    return Method(
+        label,
+        "one_shot",
+        start=DENSE,
+        trains=False,
+        prune=prune,
+        reestimate=reestimate,
+    )
+
 
 METHODS: dict[str, Method] = {
     DENSE: Method("dense", "dense", patterns=()),
@@ -53,16 +71,13 @@ METHODS: dict[str, Method] = {
         "semi-sparse activation", "semi_sparse_activation", patterns=("2:4",)
     ),
     "s_ste": Method("S-STE", "s_ste"),
-    "one_shot": Method(
-        "one-shot, batch norm re-estimated",
-        "one_shot",
-        start=DENSE,
-        trains=False,
-        reestimate=True,
+    "two_by_four": Method(
+        "2by4, last sixth dense", "two_by_four", {"decay": 6e-5}, ("2:4",)
     ),
-    "one_shot_as_is": Method(
-        "one-shot, as it is", "one_shot", start=DENSE, trains=False
-    ),
+    "one_shot": _after_training("one-shot, batch norm re-estimated"),
+    "one_shot_as_is": _after_training("one-shot, as it is", reestimate=False),
+    "ada_prune": _after_training("AdaPrune", "ada_prune"),
+    "sparse_gpt": _after_training("SparseGPT", "sparse_gpt"),
     "asp": Method("one-shot, trained as long again (ASP)", "one_shot", start=DENSE),
     "dense_longer": Method(
         "dense, trained as long again", "dense", (), (), start=DENSE

@@ -110,7 +110,11 @@ class Records:
 
 
 def _facts(method: Method) -> dict[str, Any]:
-    """What a method's networks depend on, as JSON gives it back."""
-    facts = dataclasses.asdict(method)
-    del facts["label"]
+    """What a method's networks depend on, where it is not the default, as JSON."""
+    plain = dataclasses.asdict(Method("", method.recipe))
+    facts = {
+        name: value
+        for name, value in dataclasses.asdict(method).items()
+        if name != "label" and (name == "recipe" or value != plain[name])
+    }
     return json.loads(json.dumps(facts))
