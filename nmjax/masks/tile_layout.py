@@ -13,7 +13,7 @@ from nmjax.pattern import NMPattern
 
 
 def check_tiles(x: jax.Array, pattern: NMPattern) -> jax.Array:
-    """Returns `x`, or raises unless m x m tiles fill the last two axes on each device."""
+    """Returns `x`; raises unless m x m tiles fill its last two axes on each device."""
     if x.ndim < 2:
         raise ValueError(
             f"scores of shape {x.shape}: tiles of {pattern.m}x{pattern.m} need two axes"
@@ -33,8 +33,8 @@ def check_tiles(x: jax.Array, pattern: NMPattern) -> jax.Array:
         shard = size // math.prod(mesh.shape[name] for name in names)
         if shard % pattern.m:
             raise ValueError(
-                f"axis {axis} of shape {x.shape} is sharded into parts of {shard}, not a "
-                f"multiple of m = {pattern.m} (pattern {pattern}), and tiles never "
+                f"axis {axis} of shape {x.shape} is sharded into parts of {shard}, not "
+                f"a multiple of m = {pattern.m} (pattern {pattern}), and tiles never "
                 "straddle devices: shard another axis, or jax.reshard this array first"
             )
     return x
@@ -43,11 +43,15 @@ def check_tiles(x: jax.Array, pattern: NMPattern) -> jax.Array:
 def to_tiles(x: jax.Array, m: int) -> jax.Array:
     """`(..., R, C)` -> `(m, m, ..., R/m, C/m)`."""
     *lead, rows, columns = x.shape
-    tiles = x.reshape(*lead, rows // m, m, columns // m, m)
-    return jnp.moveaxis(tiles, (-3, -1), (0, 1))
+    # One axis at a time: of an array with an explicit sharding reshape splits but one.
+    x = x.reshape(*lead, rows, columns // m, m)
+    x = x.reshape(*lead, rows // m, m, columns // m, m)
+    return jnp.moveaxis(x, (-3, -1), (0, 1))
 
 
 def from_tiles(tiles: jax.Array) -> jax.Array:
     """The inverse of `to_tiles`."""
     m, _, *lead, rows, columns = tiles.shape
-    return jnp.moveaxis(tiles, (0, 1), (-3, -1)).reshape(*lead, rows * m, columns * m)
+    x = jnp.moveaxis(tiles, (0, 1), (-3, -1))
+    x = x.reshape(*lead, rows, m, columns * m)
+    return x.reshape(*lead, rows * m, columns * m)

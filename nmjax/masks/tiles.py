@@ -68,7 +68,7 @@ def tile_mask(x: ArrayLike, algorithm: TileAlgorithm | str) -> jax.Array:
     x = check_tiles(_real(x), _2TO4)
     magnitude = algorithm == "largest_abs_values_greedy"
     choose = _causal_tiles if algorithm == "causal1122" else _greedy_tiles
-    return from_tiles(choose(to_tiles(_keys(x, magnitude), 4)))
+    return from_tiles(choose(to_tiles(_keys(x.astype(jnp.float32), magnitude), 4)))
 
 
 def sparsify_like(x: ArrayLike, mask: ArrayLike) -> jax.Array:
@@ -87,8 +87,8 @@ def sparsify_like(x: ArrayLike, mask: ArrayLike) -> jax.Array:
     x, mask = jnp.asarray(x), jnp.asarray(mask)
     if mask.shape != x.shape or mask.dtype != jnp.bool_:
         raise ValueError(
-            f"a mask of shape {mask.shape} and dtype {mask.dtype} does not fit an array "
-            f"of shape {x.shape}: pass a boolean mask of the same shape"
+            f"a mask of shape {mask.shape} and dtype {mask.dtype} does not fit an "
+            f"array of shape {x.shape}: pass a boolean mask of the same shape"
         )
     return jnp.where(mask, x, jnp.zeros_like(x))
 
@@ -101,7 +101,7 @@ def _greedy_tiles(keys: jax.Array) -> jax.Array:
 @jax.jit
 def _causal_tiles(keys: jax.Array) -> jax.Array:
     """Row after row keeps its largest entries in the columns that have room."""
-    column_room = jnp.full(keys.shape[1:], 2, jnp.int32)
+    column_room = jnp.full_like(keys[0], 2)
     place = jnp.arange(4, dtype=jnp.int32).reshape(4, *[1] * (keys.ndim - 2))
     rows = []
     for row, largest in zip(keys, (1, 1, 2, 2), strict=True):
