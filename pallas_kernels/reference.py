@@ -1,0 +1,146 @@
+"""What each kernel computes, in plain jnp: the oracle, and what runs everywhere else.
+
+    gemm            D = act(A24 · B + bias)   accumulated in float32
+    magnitude_2to4  which two of four entries are kept, by arrays of comparisons
+    compress_2to4   mask and compress a matrix in one go
+
+The 4x4 transposable choice is `tile_selection.transposable_2to4`. The kernels call the
+two functions of lists of arrays themselves, so a choice is written once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.format import NMCompressed, compress, decompress
+
+Activation = Literal["gelu", "relu", "squared_relu"]
+
+ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
+    None: lambda x: x,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": lambda x: jnp.maximum(x, jnp.zeros_like(x)),
+    "squared_relu": lambda x: jnp.square(jnp.maximum(x, jnp.zeros_like(x))),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is static of a sparse GEMM `D = act(A · B + bias)`, A (M, K), B (K, N).
+
+    Attributes:
+      b_is_kn: Whether B lies in memory as `(K, N)`; else as `(N, K)`.
+      out_is_nm: Whether D is written as `(N, M)`; else as `(M, N)`.
+      bias_along_m: Whether the bias is `(M,)`; else it is `(N,)`.
+      activation: Applied to the float32 sum; gelu is the tanh approximation.
+      out_dtype: Of D, which is rounded once, at the end.
+    """
+
+    b_is_kn: bool = False
+    out_is_nm: bool = True
+    bias_along_m: bool = True
+    activation: Activation | None = None
+    out_dtype: Any = jnp.bfloat16
+
+
+def gemm(
+    a: NMCompressed, b: jax.Array, bias: jax.Array | None, form: Form
+) -> jax.Array:
+    """`act(A · B + bias)`: the contract of every sparse GEMM of this package.
+
+    Args:
+      a: Operand A, one matrix of dense shape (M, K): `axis=-1`.
+      b: Operand B in the dtype of A, `(K, N)` or `(N, K)` as `form` says.
+      bias: None, or a vector.
+      form: The layouts of B and D, the activation, the dtype of D.
+
+    Returns:
+      `(M, N)` or `(N, M)`. Floating operands accumulate in float32, integers in int32.
+    """
+    integers = jnp.issubdtype(a.dtype, jnp.integer)
+    accumulator = jnp.int32 if integers else jnp.float32
+    b_contract = 0 if form.b_is_kn else 1
+    if form.out_is_nm:
+        operands, contract = (b, decompress(a)), ((b_contract,), (1,))
+    else:
+        operands, contract = (decompress(a), b), ((1,), (b_contract,))
+    out = lax.dot_general(
+        *operands, (contract, ((), ())), preferred_element_type=accumulator
+    )
+    if bias is not None:
+        bias = bias.astype(accumulator)
+        along_last = form.bias_along_m == form.out_is_nm
+        out += bias[None, :] if along_last else bias[:, None]
+    return ACTIVATIONS[form.activation](out).astype(form.out_dtype)
+
+
+def magnitude_keys(x: jax.Array) -> jax.Array:
+    """Integers in the order of |x|: NaN lowest, -0.0 equal to 0.0; int32.
+
+    Args:
+      x: float32, or float16 and bfloat16, which float32 holds exactly.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    absolute = bits & 0x7FFF_FFFF
+    # The bits of infinity; those of NaN are above.
+    return jnp.where(absolute > 0x7F80_0000, -1, absolute)
+
+
+def magnitude_2to4(
+    columns: Sequence[jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keeps the two entries of largest magnitude of every group of four.
+
+    Ties go to the lower position, and NaN is below everything.
+
+    Args:
+      columns: The first, second, third and fourth entries of the groups: four arrays
+        of one shape, float32, bfloat16 or float16.
+
+    Returns:
+      `(v0, v1, nibble)`: the kept entries in increasing position, in their dtype, and
+      `i0 | i1 << 2`, int32.
+    """
+    keys = [magnitude_keys(column) for column in columns]
+    beats = {  # (i, j), i < j: whether entry i ranks before entry j
+        (i, j): keys[i] >= keys[j] for i in range(4) for j in range(i + 1, 4)
+    }
+
+    def kept(i):
+        losses = [
+            (jnp.logical_not(beats[i, j]) if i < j else beats[j, i]).astype(jnp.int32)
+            for j in range(4)
+            if j != i
+        ]
+        return losses[0] + losses[1] + losses[2] < 2
+
+    k0, k1, k2, k3 = (kept(i) for i in range(4))
+    c0, c1, c2, c3 = columns
+    v0 = jnp.where(k0, c0, jnp.where(k1, c1, c2))
+    v1 = jnp.where(k3, c3, jnp.where(k2, c2, c1))
+    i0 = jnp.where(k0, 0, jnp.where(k1, 1, 2))
+    i1 = jnp.where(k3, 3, jnp.where(k2, 2, 1))
+    return v0, v1, (i0 | (i1 << 2)).astype(jnp.int32)
+
+
+def compress_2to4(w: jax.Array, dtype: Any) -> NMCompressed:
+    """The 2:4 magnitude mask of a matrix and the matrix compressed under it.
+
+    Args:
+      w: `(rows, k)`, groups along k; float32, bfloat16 or float16. The mask is chosen
+        from it as it is.
+      dtype: Of the values.
+
+    Returns:
+      The compressed matrix, `axis=-1`.
+    """
+    rows, k = w.shape
+    groups = w.reshape(rows, k // 4, 4)
+    _, _, nibbles = magnitude_2to4([groups[..., i] for i in range(4)])
+    mask = [(nibbles & 3 == i) | (nibbles >> 2 == i) for i in range(4)]
+    mask = jnp.stack(mask, axis=-1).reshape(rows, k)
+    return compress(w, mask, axis=-1, dtype=dtype)
