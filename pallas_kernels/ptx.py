@@ -1,0 +1,362 @@
+"""Inline PTX, register layouts and private jax names: the only file that knows them.
+
+Two instructions multiply a 2:4 compressed A by a dense B, float16 or bfloat16, with a
+float32 accumulator (PTX ISA, "Multiply-and-accumulate with a sparse matrix A"):
+
+    mma.sp::ordered_metadata.m16n8k32    a warp; operands in registers; sm_80 and later
+    wgmma.mma_async.sp.m64nNk32          four warps; B in shared memory; sm_90a only
+
+Both take the metadata words of `format.py`: the word at (8b + g, 4s + t) belongs to
+lane 4g + t of the warp that owns rows 16b to 16b + 15. Of the four lanes of a row,
+selector 0 reads t = 0 and 1 (columns 0 to 31 of 64), selector 1 reads t = 2 and 3: one
+register serves two instructions along k.
+
+Where jax differs between versions, the difference is here: 0.10.2 has no interpreter
+parameters in public and no Ampere; 0.11 has both.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import mma_utils, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, nvvm, vector
+
+JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
+
+# Mosaic lowers for Ampere (cp.async, no elect.sync) from this version on.
+AMPERE_SINCE = (0, 11, 1)
+
+# An accumulator that instructions in flight may write: reading it takes `wgmma_wait`.
+WGMMA_ACC = plgpu.Layout._WGMMA_ACC_32BIT
+WGMMA = plgpu.Layout.WGMMA
+
+
+def capability() -> tuple[int, int] | None:
+    """Compute capability of the device that jax runs on by default; None if no GPU."""
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if not isinstance(device, jax.Device) or device.platform not in ("gpu", "cuda"):
+        return None
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def kernel(body: Callable, *, interpret: Any = None, **kwargs) -> Callable:
+    """`plgpu.kernel` with lane semantics, under which inline PTX may be used.
+
+    Args:
+      body: As for `plgpu.kernel`.
+      interpret: What `interpreter` made, to run on the CPU; None to compile.
+      **kwargs: As for `plgpu.kernel`; `compiler_params` as a dictionary.
+    """
+    params = plgpu.CompilerParams(
+        lowering_semantics=mgpu.LoweringSemantics.Lane,
+        **kwargs.pop("compiler_params", {}),
+    )
+    if interpret is not None:
+        kwargs["interpret"] = interpret
+    return plgpu.kernel(body, compiler_params=params, **kwargs)
+
+
+def interpreter(detect_races: bool = True) -> Any:
+    """Parameters of Pallas' GPU interpreter, in which a race raises."""
+    if JAX_VERSION < (0, 11):
+        from jax._src.pallas.mosaic_gpu.interpret import params
+
+        return params.InterpretGPUParams(detect_races=detect_races)
+    return plgpu.InterpretGPUParams(detect_races=detect_races)
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """A register array in `layout` from shared or global memory."""
+    index = (...,) if JAX_VERSION < (0, 11) else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def metadata_layout(m_warps: int = 4) -> Any:
+    """Metadata words `(M/2, K/16)`, lane 4g + t holding the word (8b + g, 4s + t).
+
+    Args:
+      m_warps: Of the four warps, how many lie along M; the others repeat the words.
+    """
+    warps = (-5, fa.Replicated(4 // m_warps)) if m_warps < 4 else (-5,)
+    return plgpu.Layout.TILED(
+        fa.Tiling(((m_warps * 8, 4), (8, 4), (1,))),
+        warp_dims=warps,
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+        _check_canonical=False,
+    )
+
+
+def mma_sp(
+    acc: jax.Array, a: jax.Array, b: jax.Array, metadata: jax.Array, *, m_warps: int
+) -> jax.Array:
+    """`acc + A24 · B` by `mma.sp::ordered_metadata.m16n8k32`, all in registers.
+
+    Args:
+      acc: float32 (M, N) in `Layout.MMA_ACC`; M a multiple of 16 m_warps, N of
+        8 (4 / m_warps).
+      a: Values (M, K/2) in `Layout.MMA_LHS`, float16 or bfloat16; K a multiple of 64.
+      b: (K, N) in `Layout.MMA_RHS`, the dtype of `a`.
+      metadata: int32 (M/2, K/16) in `metadata_layout(m_warps)`.
+      m_warps: Of the four warps, how many lie along M; the others lie along N.
+
+    Returns:
+      The new accumulator.
+    """
+    layout = plgpu.Layout
+    acc_layout = layout.MMA_ACC(a.dtype, m_warps=m_warps)
+    run = plgpu.inline_mgpu(
+        arg_types=(
+            acc_layout,
+            layout.MMA_LHS(a.dtype, m_warps=m_warps),
+            layout.MMA_RHS(a.dtype, m_warps=m_warps),
+            metadata_layout(m_warps),
+        ),
+        return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=acc_layout),
+    )
+    return run(lambda ctx, *operands: _mma_sp(*operands, m_warps=m_warps))(
+        acc, a, b, metadata
+    )
+
+
+def _mma_sp(acc, a, b, metadata, *, m_warps: int):
+    m, n = acc.shape
+    k = b.shape[0]
+    tile_m, tile_n = 16 * m_warps, 8 * (4 // m_warps)
+    acc = acc.copy()
+    for i in range(0, m, tile_m):
+        for j in range(0, n, tile_n):
+            tile = acc[i : i + tile_m, j : j + tile_n]
+            registers = _scalars(tile.registers.flat)
+            for kk in range(0, k, 32):
+                halves = (b[kk + h : kk + h + 16, j : j + tile_n] for h in (0, 16))
+                words = metadata[i // 2 : (i + tile_m) // 2, kk // 64 * 4 :][:, :4]
+                (word,) = _scalars(words.registers.flat)
+                registers = _mma_sp_instruction(
+                    registers,
+                    _words(a[i : i + tile_m, kk // 2 : kk // 2 + 16].registers.flat),
+                    [word for half in halves for word in _words(half.registers.flat)],
+                    word,
+                    selector=kk // 32 % 2,
+                    dtype=str(a.mlir_dtype),
+                )
+            pairs = [_vector(registers[:2]), _vector(registers[2:])]
+            acc[i : i + tile_m, j : j + tile_n] = fa.FragmentedArray(
+                _registers=_as_array(pairs, tile.registers.shape),
+                _layout=acc.layout,
+                _is_signed=None,
+            )
+    return acc
+
+
+def _mma_sp_instruction(acc, a, b, word, *, selector: int, dtype: str):
+    """One warp's 16×8 tile: four f32, four and four 32-bit pairs, one word."""
+    f32 = ir.F32Type.get()
+    text = (
+        f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{dtype}.{dtype}"
+        ".f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$12,$13,$14,$15}, "
+        f"$16, {selector};"
+    )
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * 4),
+        [*a, *b, *acc, word],
+        text,
+        "=f,=f,=f,=f," + "r," * 8 + "f,f,f,f,r",
+        has_side_effects=False,
+    )
+    return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
+
+
+def wgmma_sp(
+    acc: jax.Array,
+    a: Any,
+    b: Any,
+    metadata: jax.Array,
+    *,
+    a_transforms: Sequence[Any],
+    b_transforms: Sequence[Any],
+    b_is_nk: bool = True,
+) -> jax.Array:
+    """Starts `acc += A24 · B` by `wgmma.mma_async.sp.m64nNk32`, A and B in memory.
+
+    The instructions are one committed group; `wgmma_wait` waits for it.
+
+    Args:
+      acc: float32 (M, N) in `WGMMA_ACC`, M a multiple of 64.
+      a: Values (M, K/2) in shared memory, tiled (8, swizzle) and swizzled.
+      b: `(N, K)` in shared memory where `b_is_nk`, else `(K, N)`; tiled and swizzled
+        by 128 bytes.
+      metadata: int32 (M/2, K/16) in `metadata_layout()`.
+      a_transforms: The transforms of `a`, the last of which is its swizzle.
+      b_transforms: The same of `b`.
+      b_is_nk: The order of the axes of `b`.
+
+    Returns:
+      The accumulator, still being written.
+    """
+    swizzle = a_transforms[-1].swizzle
+
+    def run(ctx, acc, a, b, metadata):
+        del ctx
+        b = mgpu.memref_transpose(b, (1, 0, 3, 2)) if b_is_nk else b
+        (m, _), dtype = mma_utils.tiled_memref_shape(a)
+        columns = swizzle // utils.bytewidth(dtype)  # of values in a swizzled tile
+        (start, strides), (m_stride, k_stride), major = mma_utils.create_descriptor(
+            a, swizzle=swizzle, group_size=(64, columns), logical_k_major=False
+        )
+        step = strides[1][0]
+        a_is_transposed = int(major != mma_utils.Dim.K)
+
+        def operand(i, kk):
+            tile, rest = divmod(kk // 2, columns)
+            offset = i // 64 * m_stride + tile * k_stride + rest // 16 * step
+            return [_descriptor(start, offset)], "l", f"{a_is_transposed}, "
+
+        return _wgmma_sp(acc, operand, b, metadata, str(dtype))
+
+    arguments = (
+        WGMMA_ACC,
+        plgpu.RefType(tuple(a_transforms)),
+        plgpu.RefType(tuple(b_transforms)),
+        metadata_layout(),
+    )
+    return _inline(run, acc, a, b, metadata, arguments=arguments)
+
+
+def wgmma_wait(acc: jax.Array, pending: int = 0) -> jax.Array:
+    """Waits until at most `pending` committed groups of `wgmma_sp` are running."""
+
+    def run(ctx, acc):
+        del ctx
+        nvvm.wgmma_wait_group_sync_aligned(pending)
+        return fa.optimization_barrier(acc)
+
+    return _inline(run, acc, arguments=(WGMMA_ACC,))
+
+
+def _inline(run: Callable, acc: jax.Array, *rest, arguments: tuple) -> jax.Array:
+    """Runs `run(ctx, acc, *rest)`, which returns an accumulator."""
+    out = plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA_ACC)
+    return plgpu.inline_mgpu(arg_types=arguments, return_type=out)(run)(acc, *rest)
+
+
+def _wgmma_sp(acc, a_operand: Callable, b, metadata, dtype: str):
+    """Fences, issues every instruction of the product, and commits the group."""
+    (k, n), b_type = mma_utils.tiled_memref_shape(b)
+    m = acc.shape[0]
+    columns = 128 // utils.bytewidth(b_type)
+    (start, strides), (_, k_stride), major = mma_utils.create_descriptor(
+        b,
+        swizzle=128,
+        group_size=(columns, n),
+        logical_k_major=True,
+        mma_bytewidth_k=64,
+    )
+    step = strides[1][0]
+    b_is_transposed = int(major != mma_utils.Dim.K)
+    acc, metadata = fa.optimization_barrier(acc), fa.optimization_barrier(metadata)
+    nvvm.wgmma_fence_aligned()
+    registers = acc.registers.copy()
+    for i in range(0, m, 64):
+        tile = list(registers[i // 64 : i // 64 + 1].flat)
+        for kk in range(0, k, 32):
+            a, a_constraint, a_flag = a_operand(i, kk)
+            part, rest = divmod(kk, columns)
+            words = metadata[i // 2 : i // 2 + 32, kk // 64 * 4 : kk // 64 * 4 + 4]
+            (word,) = _scalars(words.registers.flat)
+            tile = _wgmma_sp_instruction(
+                tile,
+                a,
+                _descriptor(start, part * k_stride + rest // 32 * step),
+                word,
+                a_constraint=a_constraint,
+                flags=f"{a_flag}{b_is_transposed}",
+                selector=kk // 32 % 2,
+                n=n,
+                dtype=dtype,
+            )
+        shape = registers[i // 64 : i // 64 + 1].shape
+        registers[i // 64 : i // 64 + 1] = _as_array(tile, shape)
+    nvvm.wgmma_commit_group_sync_aligned()
+    return fa.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+
+
+def _wgmma_sp_instruction(
+    acc, a, b, word, *, a_constraint, flags, selector: int, n: int, dtype: str
+):
+    """One warpgroup's 64×n tile: n/2 registers of float32 a thread."""
+    count = itertools.count()
+    element = ir.VectorType.get((1,), ir.F32Type.get())
+
+    def names(values):
+        return ",".join(f"${next(count)}" for _ in values)
+
+    d = names(acc)
+    names(acc)  # the inputs tied to them
+    a_names = names(a)
+    a_names = "{" + a_names + "}" if len(a) > 1 else a_names
+    rest = names([b, word]).replace(",", ", ")
+    text = (
+        "{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sp.sync.aligned."
+        f"m64n{n}k32.f32.{dtype}.{dtype} {{{d}}}, {a_names}, {rest}, {selector}, "
+        f"p, 1, 1, {flags}; }}"
+    )
+    constraints = ["=f"] * len(acc) + [str(i) for i in range(len(acc))]
+    constraints += [a_constraint] * len(a) + ["l", "r"]
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([element] * len(acc)),
+        [*acc, *a, b, word],
+        text,
+        ",".join(constraints),
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(element, out, [i]) for i in range(len(acc))]
+
+
+def _descriptor(start, offset: int):
+    """A shared memory descriptor `offset` bytes after `start`."""
+    i64 = ir.IntegerType.get_signless(64)
+    encoded = utils.c(mma_utils.encode_addr(offset), i64)
+    return llvm.add(start, encoded, overflow_flags=llvm.IntegerOverflowFlags.none)
+
+
+def _scalars(registers) -> list:
+    """The elements of vector registers, in order."""
+    return [
+        vector.extract(
+            register,
+            dynamic_position=[],
+            static_position=ir.DenseI64ArrayAttr.get([i]),
+        )
+        for register in registers
+        for i in range(ir.VectorType(register.type).shape[0])
+    ]
+
+
+def _words(registers) -> list:
+    """Registers of two 16-bit elements as 32-bit words."""
+    i32 = ir.IntegerType.get_signless(32)
+    return [utils.bitcast(register, i32) for register in registers]
+
+
+def _vector(scalars: Sequence):
+    """One vector register of float32 scalars."""
+    i32 = ir.IntegerType.get_signless(32)
+    register = llvm.mlir_undef(ir.VectorType.get((len(scalars),), ir.F32Type.get()))
+    for i, scalar in enumerate(scalars):
+        register = llvm.insertelement(register, scalar, position=utils.c(i, i32))
+    return register
+
+
+def _as_array(registers: Sequence, shape) -> np.ndarray:
+    return np.asarray(registers, dtype=object).reshape(shape)
