@@ -22,12 +22,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.pallas.mosaic_gpu import lowering
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm, vector
+
+from pallas_kernels.format import NMCompressed, decompress
 
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
 
@@ -80,6 +85,28 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
+def _instruction(name: str, meaning: Callable, lower: Callable) -> Primitive:
+    """An operation on register arrays with two lowerings, so that a kernel is one body.
+
+    Args:
+      name: Of the primitive.
+      meaning: What the instruction computes, in jnp: what Pallas' interpreter runs.
+        The result has the shape and dtype of the first operand.
+      lower: The same of Mosaic's `FragmentedArray`s, emitting PTX.
+    """
+    primitive = Primitive(name)
+    primitive.def_abstract_eval(lambda first, *rest, **params: first)
+    stand_in = mlir.lower_fun(meaning, multiple_results=False)
+    mlir.register_lowering(primitive, stand_in, platform="cpu")
+
+    @lowering.register_lowering_rule(primitive, mgpu.LoweringSemantics.Lane)
+    def rule(ctx, *operands, **params):
+        del ctx
+        return lower(*operands, **params)
+
+    return primitive
+
+
 def metadata_layout(m_warps: int = 4) -> Any:
     """Metadata words `(M/2, K/16)`, lane 4g + t holding the word (8b + g, 4s + t).
 
@@ -112,20 +139,13 @@ def mma_sp(
     Returns:
       The new accumulator.
     """
-    layout = plgpu.Layout
-    acc_layout = layout.MMA_ACC(a.dtype, m_warps=m_warps)
-    run = plgpu.inline_mgpu(
-        arg_types=(
-            acc_layout,
-            layout.MMA_LHS(a.dtype, m_warps=m_warps),
-            layout.MMA_RHS(a.dtype, m_warps=m_warps),
-            metadata_layout(m_warps),
-        ),
-        return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=acc_layout),
-    )
-    return run(lambda ctx, *operands: _mma_sp(*operands, m_warps=m_warps))(
-        acc, a, b, metadata
-    )
+    return _MMA_SP.bind(acc, a, b, metadata, m_warps=m_warps)
+
+
+def _mma_sp_meaning(acc, a, b, metadata, *, m_warps: int):
+    del m_warps
+    dense = decompress(NMCompressed(a, metadata, axis=-1))
+    return acc + jnp.dot(dense, b, preferred_element_type=jnp.float32)
 
 
 def _mma_sp(acc, a, b, metadata, *, m_warps: int):
@@ -133,22 +153,22 @@ def _mma_sp(acc, a, b, metadata, *, m_warps: int):
     k = b.shape[0]
     tile_m, tile_n = 16 * m_warps, 8 * (4 // m_warps)
     acc = acc.copy()
-    for i in range(0, m, tile_m):
+    # Instructions that follow each other write different accumulators.
+    for i, kk in itertools.product(range(0, m, tile_m), range(0, k, 32)):
+        values = _words(a[i : i + tile_m, kk // 2 : kk // 2 + 16].registers.flat)
+        words = metadata[i // 2 : (i + tile_m) // 2, kk // 64 * 4 : kk // 64 * 4 + 4]
+        (word,) = _scalars(words.registers.flat)
         for j in range(0, n, tile_n):
             tile = acc[i : i + tile_m, j : j + tile_n]
-            registers = _scalars(tile.registers.flat)
-            for kk in range(0, k, 32):
-                halves = (b[kk + h : kk + h + 16, j : j + tile_n] for h in (0, 16))
-                words = metadata[i // 2 : (i + tile_m) // 2, kk // 64 * 4 :][:, :4]
-                (word,) = _scalars(words.registers.flat)
-                registers = _mma_sp_instruction(
-                    registers,
-                    _words(a[i : i + tile_m, kk // 2 : kk // 2 + 16].registers.flat),
-                    [word for half in halves for word in _words(half.registers.flat)],
-                    word,
-                    selector=kk // 32 % 2,
-                    dtype=str(a.mlir_dtype),
-                )
+            halves = (b[kk + h : kk + h + 16, j : j + tile_n] for h in (0, 16))
+            registers = _mma_sp_instruction(
+                _scalars(tile.registers.flat),
+                values,
+                [pair for half in halves for pair in _words(half.registers.flat)],
+                word,
+                selector=kk // 32 % 2,
+                dtype=str(a.mlir_dtype),
+            )
             pairs = [_vector(registers[:2]), _vector(registers[2:])]
             acc[i : i + tile_m, j : j + tile_n] = fa.FragmentedArray(
                 _registers=_as_array(pairs, tile.registers.shape),
@@ -166,7 +186,7 @@ def _mma_sp_instruction(acc, a, b, word, *, selector: int, dtype: str):
         ".f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$12,$13,$14,$15}, "
         f"$16, {selector};"
     )
-    out = llvm.inline_asm(
+    out: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * 4),
         [*a, *b, *acc, word],
         text,
@@ -174,6 +194,9 @@ def _mma_sp_instruction(acc, a, b, word, *, selector: int, dtype: str):
         has_side_effects=False,
     )
     return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
+
+
+_MMA_SP = _instruction("mma_sp", _mma_sp_meaning, _mma_sp)
 
 
 def wgmma_sp(
