@@ -15,6 +15,8 @@ Where jax differs between versions, the difference is here: 0.10.2 has no interp
 parameters in public and no Ampere; 0.11 has both.
 """
 
+import contextvars
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src.pallas.mosaic_gpu import lowering
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
@@ -53,11 +56,23 @@ def capability() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def kernel(body: Callable, *, interpret: Any = None, **kwargs) -> Callable:
+def multiprocessors() -> int:
+    """Multiprocessors of the device that jax runs on by default."""
+    return (jax.config.jax_default_device or jax.devices()[0]).core_count
+
+
+# Whether the kernel that is being traced will be interpreted.
+_INTERPRETED = contextvars.ContextVar("interpreted", default=False)
+
+
+def kernel(
+    body: Callable, *, name: str | None = None, interpret: Any = None, **kwargs
+) -> Callable:
     """`plgpu.kernel` with lane semantics, under which inline PTX may be used.
 
     Args:
       body: As for `plgpu.kernel`.
+      name: What profiles call the kernel.
       interpret: What `interpreter` made, to run on the CPU; None to compile.
       **kwargs: As for `plgpu.kernel`; `compiler_params` as a dictionary.
     """
@@ -67,7 +82,15 @@ def kernel(body: Callable, *, interpret: Any = None, **kwargs) -> Callable:
     )
     if interpret is not None:
         kwargs["interpret"] = interpret
-    return plgpu.kernel(body, compiler_params=params, **kwargs)
+
+    def traced(*refs, **scratch):
+        token = _INTERPRETED.set(interpret is not None)
+        try:
+            body(*refs, **scratch)
+        finally:
+            _INTERPRETED.reset(token)
+
+    return plgpu.kernel(traced, kernel_name=name, compiler_params=params, **kwargs)
 
 
 def interpreter(detect_races: bool = True) -> Any:
@@ -85,17 +108,31 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
+def release_smem() -> None:
+    """Ends the reads of shared memory that an asynchronous copy may then overwrite.
+
+    TMA, from capability 9.0 on and in the interpreter, has to be told; for cp.async the
+    barrier that Mosaic puts before each copy is enough.
+    """
+    if (capability() or (9, 0)) >= (9, 0):
+        plgpu.commit_smem()
+
+
 def _instruction(name: str, meaning: Callable, lower: Callable) -> Primitive:
     """An operation on register arrays with two lowerings, so that a kernel is one body.
 
     Args:
       name: Of the primitive.
       meaning: What the instruction computes, in jnp: what Pallas' interpreter runs.
-        The result has the shape and dtype of the first operand.
       lower: The same of Mosaic's `FragmentedArray`s, emitting PTX.
     """
     primitive = Primitive(name)
-    primitive.def_abstract_eval(lambda first, *rest, **params: first)
+
+    @primitive.def_abstract_eval
+    def abstract(*operands, **params):
+        out = jax.eval_shape(functools.partial(meaning, **params), *operands)
+        return operands[0].update(shape=out.shape, dtype=out.dtype)
+
     stand_in = mlir.lower_fun(meaning, multiple_results=False)
     mlir.register_lowering(primitive, stand_in, platform="cpu")
 
@@ -199,64 +236,176 @@ def _mma_sp_instruction(acc, a, b, word, *, selector: int, dtype: str):
 _MMA_SP = _instruction("mma_sp", _mma_sp_meaning, _mma_sp)
 
 
-def wgmma_sp(
-    acc: jax.Array,
-    a: Any,
-    b: Any,
-    metadata: jax.Array,
-    *,
-    a_transforms: Sequence[Any],
-    b_transforms: Sequence[Any],
-    b_is_nk: bool = True,
-) -> jax.Array:
-    """Starts `acc += A24 · B` by `wgmma.mma_async.sp.m64nNk32`, A and B in memory.
+def transpose_acc(x: jax.Array, *, m_warps: int) -> jax.Array:
+    """The transpose of a tile of D, in registers: by movmatrix where it has 16 bits.
 
-    The instructions are one committed group; `wgmma_wait` waits for it.
+    Args:
+      x: (M, N) in `Layout.MMA_ACC`, 16 or 32 bits.
+      m_warps: As of `mma_sp`.
+
+    Returns:
+      (N, M); of 16 bits, a thread holds pairs along M, of 32 bits, single elements.
+    """
+    return _TRANSPOSE_ACC.bind(x, m_warps=m_warps)
+
+
+def _transpose_acc(x, *, m_warps: int):
+    m, n = x.shape
+    tile_m, tile_n = 16 * m_warps, 8 * (4 // m_warps)
+    element, is_wide = x.mlir_dtype, utils.bitwidth(x.mlir_dtype) == 32
+    # As MMA_ACC with rows and columns exchanged; 32 bits stay in their thread.
+    layout = fa.TiledLayout(
+        fa.Tiling(
+            ((tile_n, tile_m), (8, 16), (8, 8), (2, 1) if is_wide else (1, 2)),
+        ),
+        warp_dims=(-7, -8),
+        lane_dims=(-3, -4) if is_wide else (-4, -3),
+        vector_dim=-1,
+        _check_canonical=False,
+    ).canonicalize()
+    out = fa.FragmentedArray.splat(utils.c(0.0, element), (n, m), layout)
+    for i, j in itertools.product(range(0, m, tile_m), range(0, n, tile_n)):
+        registers = x[i : i + tile_m, j : j + tile_n].registers.flat
+        if is_wide:
+            registers = [_vector([scalar]) for scalar in _scalars(registers)]
+        else:
+            registers = [_movmatrix(register) for register in registers]
+        out[j : j + tile_n, i : i + tile_m] = fa.FragmentedArray(
+            _registers=_as_array(registers, layout.registers_shape((tile_n, tile_m))),
+            _layout=layout,
+            _is_signed=None,
+        )
+    return out
+
+
+def _movmatrix(register):
+    """The transpose of an 8×8 matrix of 16 bits, of which a lane holds a pair."""
+    i32 = ir.IntegerType.get_signless(32)
+    (word,) = _words([register])
+    text = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
+    return utils.bitcast(llvm.inline_asm(i32, [word], text, "=r,r"), register.type)
+
+
+_TRANSPOSE_ACC = _instruction("transpose_acc", lambda x, m_warps: x.T, _transpose_acc)
+
+
+# The order in which the registers of `wgmma_sp` take A from global memory: each thread
+# 16 bytes of values for an instruction, and a word for two.
+FRAGMENT = plgpu.Layout.WG_STRIDED((1024,), vec_size=8)
+FRAGMENT_METADATA = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
+
+
+def fragments(a: NMCompressed) -> tuple[jax.Array, jax.Array]:
+    """A in the order of the registers of `wgmma_sp`: one pass over values and metadata.
+
+    Of 64 rows and the 16 values of 32 columns, thread 32w + 4g + t takes rows 16w + g
+    and 16w + g + 8, values 2t, 2t + 1, 2t + 8 and 2t + 9: the fragment of A of mma
+    m16n8k16.
+
+    Args:
+      a: 2:4 with `axis=-1`, the rows a multiple of 64 and K of 64.
+
+    Returns:
+      Values (M/64, K/32, 1024) and metadata (M/64, K/64, 128).
+    """
+    m, half = a.values.shape
+    tiles = a.values.reshape(m // 64, 4, 2, 8, half // 16, 2, 4, 2)
+    values = tiles.transpose(0, 4, 1, 3, 6, 5, 2, 7).reshape(m // 64, half // 16, 1024)
+    words = a.metadata.reshape(m // 64, 32, half // 32, 4)
+    return values, words.transpose(0, 2, 1, 3).reshape(m // 64, half // 32, 128)
+
+
+def _from_fragments(values: jax.Array, metadata: jax.Array) -> NMCompressed:
+    """The inverse of `fragments`."""
+    rows, steps, _ = values.shape
+    tiles = values.reshape(rows, steps, 4, 8, 4, 2, 2, 2)
+    tiles = tiles.transpose(0, 2, 6, 3, 1, 5, 4, 7).reshape(64 * rows, 16 * steps)
+    words = metadata.reshape(rows, steps // 2, 32, 4)
+    words = words.transpose(0, 2, 1, 3).reshape(32 * rows, 2 * steps)
+    return NMCompressed(tiles, words, axis=-1)
+
+
+def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
+    """How TMA and `wgmma_sp` want a matrix in shared memory: as transforms of its ref.
+
+    Tiles of 8 rows by as many bytes as the widest swizzle that divides a row.
+    """
+    bits = 8 * jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(columns * bits)
+    tile = (8, 8 * swizzle // bits)
+    return plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle)
+
+
+def wgmma_sp(
+    acc: jax.Array, a: Any, metadata: Any, b: Any, *, b_is_nk: bool = True
+) -> jax.Array:
+    """Starts `acc += A24 · B` by `wgmma.mma_async.sp.m64nNk32`.
+
+    The instructions are one committed group. Until `wgmma_wait` has waited for it, the
+    accumulator, `a`, `b` and metadata in registers must stay as they are. The stand-in
+    of the interpreter computes at once.
 
     Args:
       acc: float32 (M, N) in `WGMMA_ACC`, M a multiple of 64.
-      a: Values (M, K/2) in shared memory, tiled (8, swizzle) and swizzled.
-      b: `(N, K)` in shared memory where `b_is_nk`, else `(K, N)`; tiled and swizzled
-        by 128 bytes.
-      metadata: int32 (M/2, K/16) in `metadata_layout()`.
-      a_transforms: The transforms of `a`, the last of which is its swizzle.
-      b_transforms: The same of `b`.
+      a: Values (M, K/2) in shared memory, `swizzled`; or the list of M/64 · K/32 arrays
+        in `FRAGMENT`, k innermost.
+      metadata: int32 (M/2, K/16) in `metadata_layout()`; or the list of M/64 · K/64
+        arrays in `FRAGMENT_METADATA`, k innermost.
+      b: `(N, K)` in shared memory where `b_is_nk`, else `(K, N)`; `swizzled`, by 128
+        bytes.
       b_is_nk: The order of the axes of `b`.
 
     Returns:
       The accumulator, still being written.
     """
-    swizzle = a_transforms[-1].swizzle
+    in_registers = isinstance(a, list)
+    if _INTERPRETED.get():
+        if in_registers:
+            rows = acc.shape[0] // 64
+            stacks = (jnp.stack(x).reshape(rows, -1, x[0].size) for x in (a, metadata))
+            matrix = _from_fragments(*stacks)
+        else:
+            matrix = NMCompressed(a[...], metadata, axis=-1)
+        contract = ((1,), (1 if b_is_nk else 0,))
+        return acc + lax.dot_general(
+            decompress(matrix),
+            b[...],
+            (contract, ((), ())),
+            preferred_element_type=jnp.float32,
+        )
 
-    def run(ctx, acc, a, b, metadata):
+    def run(ctx, acc, a, metadata, b):
         del ctx
         b = mgpu.memref_transpose(b, (1, 0, 3, 2)) if b_is_nk else b
-        (m, _), dtype = mma_utils.tiled_memref_shape(a)
-        columns = swizzle // utils.bytewidth(dtype)  # of values in a swizzled tile
-        (start, strides), (m_stride, k_stride), major = mma_utils.create_descriptor(
-            a, swizzle=swizzle, group_size=(64, columns), logical_k_major=False
-        )
-        step = strides[1][0]
-        a_is_transposed = int(major != mma_utils.Dim.K)
+        operand = _a_in_registers if in_registers else _a_in_shared_memory
+        return _wgmma_sp(acc, *operand(a, metadata, b), b)
 
-        def operand(i, kk):
-            tile, rest = divmod(kk // 2, columns)
-            offset = i // 64 * m_stride + tile * k_stride + rest // 16 * step
-            return [_descriptor(start, offset)], "l", f"{a_is_transposed}, "
-
-        return _wgmma_sp(acc, operand, b, metadata, str(dtype))
-
-    arguments = (
-        WGMMA_ACC,
-        plgpu.RefType(tuple(a_transforms)),
-        plgpu.RefType(tuple(b_transforms)),
-        metadata_layout(),
-    )
-    return _inline(run, acc, a, b, metadata, arguments=arguments)
+    b_type = plgpu.RefType(swizzled(b.shape[-1], b.dtype))
+    if in_registers:
+        a_type, words_type = [FRAGMENT] * len(a), [FRAGMENT_METADATA] * len(metadata)
+    else:
+        a_type = plgpu.RefType(swizzled(a.shape[-1], a.dtype))
+        words_type = metadata_layout()
+    arguments = (WGMMA_ACC, a_type, words_type, b_type)
+    return _inline(run, acc, a, metadata, b, arguments=arguments)
 
 
-def wgmma_wait(acc: jax.Array, pending: int = 0) -> jax.Array:
-    """Waits until at most `pending` committed groups of `wgmma_sp` are running."""
+def wgmma_wait(acc: jax.Array, pending: int, finished: Sequence[Any]) -> jax.Array:
+    """Waits until at most `pending` committed groups of `wgmma_sp` are running.
+
+    Args:
+      acc: The accumulator.
+      pending: How many groups may still run.
+      finished: The shared memory that the groups waited for have read. They may read
+        it until now, so now is when the interpreter reads it once more: a write in
+        between is a race that it finds. The fence makes these reads, which the
+        instruction would do through the asynchronous proxy, precede those of TMA.
+    """
+    if _INTERPRETED.get():
+        for ref in finished:
+            ref[...]
+        plgpu.commit_smem()
+        return acc
 
     def run(ctx, acc):
         del ctx
@@ -272,11 +421,57 @@ def _inline(run: Callable, acc: jax.Array, *rest, arguments: tuple) -> jax.Array
     return plgpu.inline_mgpu(arg_types=arguments, return_type=out)(run)(acc, *rest)
 
 
-def _wgmma_sp(acc, a_operand: Callable, b, metadata, dtype: str):
+def _a_in_shared_memory(a, metadata, b) -> tuple[Callable, Callable]:
+    """The operands of the instruction at row i and dense column kk, by descriptor."""
+    del b
+    _, dtype = mma_utils.tiled_memref_shape(a)
+    columns = ir.MemRefType(a.type).shape[-1]  # values in a tile's row
+    (start, strides), (m_stride, k_stride), major = mma_utils.create_descriptor(
+        a,
+        swizzle=columns * utils.bytewidth(dtype),
+        group_size=(64, columns),
+        logical_k_major=False,
+    )
+    step = strides[1][0]
+    transposed = int(major != mma_utils.Dim.K)
+    metadata = fa.optimization_barrier(metadata)
+
+    def values(i, kk):
+        tile, rest = divmod(kk // 2, columns)
+        offset = i // 64 * m_stride + tile * k_stride + rest // 16 * step
+        return [_descriptor(start, offset)], "l", f"{transposed}, "
+
+    def word(i, kk):
+        words = metadata[i // 2 : i // 2 + 32, kk // 64 * 4 : kk // 64 * 4 + 4]
+        return _scalars(words.registers.flat)[0]
+
+    return values, word
+
+
+def _a_in_registers(a, metadata, b) -> tuple[Callable, Callable]:
+    """The operands of the instruction at row i and dense column kk, from fragments."""
+    (k, _), _ = mma_utils.tiled_memref_shape(b)
+    both = fa.optimization_barrier(*a, *metadata)
+    a, metadata = both[: len(a)], both[len(a) :]
+
+    def values(i, kk):
+        (register,) = a[(i // 64 * k + kk) // 32].registers.flat
+        words = vector.bitcast(
+            ir.VectorType.get((4,), ir.IntegerType.get_signless(32)), register
+        )
+        return _scalars([words]), "r", ""
+
+    def word(i, kk):
+        return _scalars(metadata[(i // 64 * k + kk) // 64].registers.flat)[0]
+
+    return values, word
+
+
+def _wgmma_sp(acc, values: Callable, word: Callable, b):
     """Fences, issues every instruction of the product, and commits the group."""
-    (k, n), b_type = mma_utils.tiled_memref_shape(b)
-    m = acc.shape[0]
-    columns = 128 // utils.bytewidth(b_type)
+    (k, n), dtype = mma_utils.tiled_memref_shape(b)
+    columns = 128 // utils.bytewidth(dtype)
+    # An instruction takes 32 of k, 64 bytes: twice a dense one.
     (start, strides), (_, k_stride), major = mma_utils.create_descriptor(
         b,
         swizzle=128,
@@ -285,27 +480,25 @@ def _wgmma_sp(acc, a_operand: Callable, b, metadata, dtype: str):
         mma_bytewidth_k=64,
     )
     step = strides[1][0]
-    b_is_transposed = int(major != mma_utils.Dim.K)
-    acc, metadata = fa.optimization_barrier(acc), fa.optimization_barrier(metadata)
+    transposed = int(major != mma_utils.Dim.K)
+    acc = fa.optimization_barrier(acc)
     nvvm.wgmma_fence_aligned()
     registers = acc.registers.copy()
-    for i in range(0, m, 64):
+    for i in range(0, acc.shape[0], 64):
         tile = list(registers[i // 64 : i // 64 + 1].flat)
         for kk in range(0, k, 32):
-            a, a_constraint, a_flag = a_operand(i, kk)
+            a, a_constraint, a_flag = values(i, kk)
             part, rest = divmod(kk, columns)
-            words = metadata[i // 2 : i // 2 + 32, kk // 64 * 4 : kk // 64 * 4 + 4]
-            (word,) = _scalars(words.registers.flat)
             tile = _wgmma_sp_instruction(
                 tile,
                 a,
                 _descriptor(start, part * k_stride + rest // 32 * step),
-                word,
+                word(i, kk),
                 a_constraint=a_constraint,
-                flags=f"{a_flag}{b_is_transposed}",
+                flags=f"{a_flag}{transposed}",
                 selector=kk // 32 % 2,
                 n=n,
-                dtype=dtype,
+                dtype=str(dtype),
             )
         shape = registers[i // 64 : i // 64 + 1].shape
         registers[i // 64 : i // 64 + 1] = _as_array(tile, shape)
