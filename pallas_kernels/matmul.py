@@ -17,7 +17,6 @@ side lies in memory transposed, or the result should, `transpose_dense` and
 """
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -26,7 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import reference
+from pallas_kernels import dispatch, reference
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.dispatch import kernel as _kernel
 from pallas_kernels.format import NMCompressed
 from pallas_kernels.reference import ACTIVATIONS, Activation, Form
 
@@ -61,7 +62,7 @@ def nm_matmul(
       implementation: "sm80" (Ampere and later), "sm90" (Hopper), "sm100" (Blackwell)
         run that kernel or raise; "reference" decompresses and multiplies, anywhere.
         None takes the kernel of this device where it was measured to be faster than
-        the dense product, and else the reference: `config.explain` says which.
+        the dense product, and else the reference: `dispatch.explain` says which.
       transpose_dense: The dense side is given as its transpose, `(k, m)` or `(n, k)`.
       transpose_out: The result is written as its transpose, `(n, m)`; for one matrix.
       out_dtype: Of the result; by default the dtype of the operands, int32 for int8.
@@ -80,9 +81,9 @@ def nm_matmul(
     batch = b.shape[:-2]
     if batch:
         b = b.reshape(-1, b.shape[-1])
-    name = _choose(implementation, a, b, form)
-    gemm = functools.partial(_kernel_gemm, name)
-    if name == "reference":
+    choice = _choose(implementation, a, b, form)
+    gemm = functools.partial(_kernel_gemm, choice)
+    if choice.name == "reference":
         gemm = reference.gemm
     out: jax.Array = gemm(a, b, bias, form)
     return out.reshape(*batch, -1, out.shape[-1]) if batch else out
@@ -146,22 +147,22 @@ def _canonical(lhs, rhs, bias, activation, transpose_dense, transpose_out, out_d
     return a, b, form
 
 
-def _choose(implementation, a: NMCompressed, b, form: Form) -> str:
-    """The name of what runs; raises where a name that was asked for cannot."""
-    if implementation == "reference":
-        return implementation
+def _choose(implementation, a: NMCompressed, b, form: Form) -> Choice:
+    """What runs; raises where a name that was asked for cannot."""
     if implementation is None:
-        _say_once("no kernel for this device: decompressing, then a dense product")
-        return "reference"
+        choice = dispatch.choose(a, b, form)
+        _say_once(f"{choice.name}: {choice.reason}")
+        return choice
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation={implementation!r}: expected None or one of "
             f"{get_args(Implementation)}"
         )
-    reason = _kernel(implementation).unavailable(a, b, form)
-    if reason:
-        raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-    return implementation
+    if implementation != "reference":
+        reason = _kernel(implementation).unavailable(a, b, form)
+        if reason:
+            raise NotImplementedError(f"implementation={implementation!r}: {reason}")
+    return Choice(implementation)
 
 
 @functools.cache
@@ -169,24 +170,21 @@ def _say_once(message: str) -> None:
     _LOGGER.info("nm_matmul: %s", message)
 
 
-def _kernel(name: str) -> Any:
-    """A kernel's module, which loads Mosaic: not for those who never use it."""
-    return importlib.import_module(f"pallas_kernels.matmul_{name}")
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def _kernel_gemm(name: str, a: NMCompressed, b, bias, form: Form) -> Any:
+def _kernel_gemm(choice: Choice, a: NMCompressed, b, bias, form: Form) -> Any:
     """A kernel's gemm with the derivatives and the batching rule of `nm_matmul`."""
-    gemm = functools.partial(_kernel(name).gemm, form=form)
+    gemm = functools.partial(_kernel(choice.name).gemm, form=form)
+    if choice.config is not None:
+        gemm = functools.partial(gemm, config=choice.config)
     return _batched(gemm, form)(a, b, bias)
 
 
-def _fwd(name, a, b, bias, form):
-    return _kernel_gemm(name, a, b, bias, form), (a, b, bias)
+def _fwd(choice, a, b, bias, form):
+    return _kernel_gemm(choice, a, b, bias, form), (a, b, bias)
 
 
-def _bwd(name, form, residuals, d_out):
-    del name
+def _bwd(choice, form, residuals, d_out):
+    del choice
     _, vjp = jax.vjp(lambda a, b, bias: reference.gemm(a, b, bias, form), *residuals)
     return vjp(d_out)
 
