@@ -160,16 +160,26 @@ def metadata_layout(m_warps: int = 4) -> Any:
     )
 
 
+def mma_layouts(dtype: Any, m_warps: int) -> tuple[Any, Any, Any]:
+    """Layouts of the values, of B and of the accumulator of `mma_sp`."""
+    layout: Any = plgpu.Layout  # which has these from jax 0.11 on
+    return (
+        layout.MMA_LHS(dtype, m_warps=m_warps),
+        layout.MMA_RHS(dtype, m_warps=m_warps),
+        layout.MMA_ACC(dtype, m_warps=m_warps),
+    )
+
+
 def mma_sp(
     acc: jax.Array, a: jax.Array, b: jax.Array, metadata: jax.Array, *, m_warps: int
 ) -> jax.Array:
     """`acc + A24 · B` by `mma.sp::ordered_metadata.m16n8k32`, all in registers.
 
     Args:
-      acc: float32 (M, N) in `Layout.MMA_ACC`; M a multiple of 16 m_warps, N of
-        8 (4 / m_warps).
-      a: Values (M, K/2) in `Layout.MMA_LHS`, float16 or bfloat16; K a multiple of 64.
-      b: (K, N) in `Layout.MMA_RHS`, the dtype of `a`.
+      acc: float32 (M, N), M a multiple of 16 m_warps, N of 8 (4 / m_warps); here and
+        below in `mma_layouts`.
+      a: Values (M, K/2), float16 or bfloat16; K a multiple of 64.
+      b: (K, N), the dtype of `a`.
       metadata: int32 (M/2, K/16) in `metadata_layout(m_warps)`.
       m_warps: Of the four warps, how many lie along M; the others lie along N.
 
@@ -191,7 +201,7 @@ def _mma_sp(acc, a, b, metadata, *, m_warps: int):
     tile_m, tile_n = 16 * m_warps, 8 * (4 // m_warps)
     acc = acc.copy()
     # Instructions that follow each other write different accumulators.
-    for i, kk in itertools.product(range(0, m, tile_m), range(0, k, 32)):
+    for kk, i in itertools.product(range(0, k, 32), range(0, m, tile_m)):
         values = _words(a[i : i + tile_m, kk // 2 : kk // 2 + 16].registers.flat)
         words = metadata[i // 2 : (i + tile_m) // 2, kk // 64 * 4 : kk // 64 * 4 + 4]
         (word,) = _scalars(words.registers.flat)
@@ -240,7 +250,7 @@ def transpose_acc(x: jax.Array, *, m_warps: int) -> jax.Array:
     """The transpose of a tile of D, in registers: by movmatrix where it has 16 bits.
 
     Args:
-      x: (M, N) in `Layout.MMA_ACC`, 16 or 32 bits.
+      x: (M, N) in the layout of an accumulator of `mma_sp`, 16 or 32 bits.
       m_warps: As of `mma_sp`.
 
     Returns:
@@ -283,7 +293,8 @@ def _movmatrix(register):
     i32 = ir.IntegerType.get_signless(32)
     (word,) = _words([register])
     text = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
-    return utils.bitcast(llvm.inline_asm(i32, [word], text, "=r,r"), register.type)
+    out: Any = llvm.inline_asm(i32, [word], text, "=r,r")
+    return utils.bitcast(out, register.type)
 
 
 _TRANSPOSE_ACC = _instruction("transpose_acc", lambda x, m_warps: x.T, _transpose_acc)
