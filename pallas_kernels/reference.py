@@ -79,15 +79,14 @@ def gemm(
 
 
 def magnitude_keys(x: jax.Array) -> jax.Array:
-    """Integers in the order of |x|: NaN lowest, -0.0 equal to 0.0; int32.
+    """Integers in the order of |x|: NaN lowest, -0.0 equal to 0.0; int32, from 0 up.
 
     Args:
       x: float32, or float16 and bfloat16, which float32 holds exactly.
     """
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    absolute = bits & 0x7FFF_FFFF
-    # The bits of infinity; those of NaN are above.
-    return jnp.where(absolute > 0x7F80_0000, -1, absolute)
+    # Infinity becomes the largest integer, and NaN, which is above it, negative.
+    return jnp.maximum((bits & 0x7FFF_FFFF) + 0x007F_FFFF, 0)
 
 
 def magnitude_2to4(
@@ -106,17 +105,13 @@ def magnitude_2to4(
       `i0 | i1 << 2`, int32.
     """
     keys = [magnitude_keys(column) for column in columns]
-    beats = {  # (i, j), i < j: whether entry i ranks before entry j
-        (i, j): keys[i] >= keys[j] for i in range(4) for j in range(i + 1, 4)
-    }
+
+    def behind(i, j):  # negative where entry i ranks behind entry j
+        return keys[i] - keys[j] if i < j else ~(keys[j] - keys[i])
 
     def kept(i):
-        losses = [
-            (jnp.logical_not(beats[i, j]) if i < j else beats[j, i]).astype(jnp.int32)
-            for j in range(4)
-            if j != i
-        ]
-        return losses[0] + losses[1] + losses[2] < 2
+        a, b, c = (behind(i, j) for j in range(4) if j != i)
+        return ((a & b) | ((a | b) & c)) >= 0  # the sign of most of the three
 
     k0, k1, k2, k3 = (kept(i) for i in range(4))
     c0, c1, c2, c3 = columns
