@@ -170,6 +170,54 @@ def mma_layouts(dtype: Any, m_warps: int) -> tuple[Any, Any, Any]:
     )
 
 
+def thread_layout(warps: Sequence[int], lanes: Sequence[int], vector: int = 1) -> Any:
+    """A thread holds a row: vectors along the last axis of one tile of threads.
+
+    Args:
+      warps: How many warps lie along each axis but the last: 4 together.
+      lanes: How many lanes of a warp lie along them: 32 together.
+      vector: Entries of a vector, which is what one instruction loads or stores.
+    """
+    rank = len(lanes) + 1
+    tile = (*(w * n for w, n in zip(warps, lanes, strict=True)), vector)
+    return plgpu.Layout.TILED(
+        fa.Tiling((tile, (*lanes, vector))),
+        warp_dims=tuple(-2 * rank + axis for axis, w in enumerate(warps) if w > 1),
+        lane_dims=tuple(-rank + axis for axis in range(rank - 1)),
+        vector_dim=-1,
+        _check_canonical=False,
+    )
+
+
+def regroup(*arrays: jax.Array, layout: Any) -> jax.Array:
+    """The arrays joined along the last axis, cut into vectors of another length.
+
+    Nothing leaves its thread: all layouts are `thread_layout`s of the same threads, of
+    which each axis but the last has one tile.
+    """
+    return _REGROUP.bind(*arrays, layout=layout)
+
+
+def _regroup(*arrays, layout):
+    layout = layout.to_mgpu()
+    scalars = [s for array in arrays for s in _scalars(array.registers.flat)]
+    shape = (*arrays[0].shape[:-1], sum(array.shape[-1] for array in arrays))
+    length = layout.vector_length
+    vectors = [
+        _vector(scalars[i : i + length]) for i in range(0, len(scalars), length)
+    ]
+    return fa.FragmentedArray(
+        _registers=_as_array(vectors, layout.registers_shape(shape)),
+        _layout=layout,
+        _is_signed=arrays[0].is_signed,
+    )
+
+
+_REGROUP = _instruction(
+    "regroup", lambda *arrays, layout: jnp.concatenate(arrays, axis=-1), _regroup
+)
+
+
 def mma_sp(
     acc: jax.Array, a: jax.Array, b: jax.Array, metadata: jax.Array, *, m_warps: int
 ) -> jax.Array:
@@ -577,9 +625,9 @@ def _words(registers) -> list:
 
 
 def _vector(scalars: Sequence):
-    """One vector register of float32 scalars."""
+    """One vector register of scalars of one type."""
     i32 = ir.IntegerType.get_signless(32)
-    register = llvm.mlir_undef(ir.VectorType.get((len(scalars),), ir.F32Type.get()))
+    register = llvm.mlir_undef(ir.VectorType.get((len(scalars),), scalars[0].type))
     for i, scalar in enumerate(scalars):
         register = llvm.insertelement(register, scalar, position=utils.c(i, i32))
     return register
