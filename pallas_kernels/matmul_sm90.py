@@ -337,7 +337,7 @@ def _kernel(
             plgpu.wait_smem_to_gmem(1 if j else 0, wait_read_only=True)
             target = d_smem.at[warpgroup, j // width % 2]
             if form.out_is_nm:
-                target.T[...] = part
+                ptx.store_transposed(target, part)
                 window = columns, rows
             else:
                 target[...] = part

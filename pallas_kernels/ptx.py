@@ -104,8 +104,17 @@ def interpreter(detect_races: bool = True) -> Any:
 
 def load(ref: Any, layout: Any) -> jax.Array:
     """A register array in `layout` from shared or global memory."""
-    index = (...,) if JAX_VERSION < (0, 11) else ()
+    if _INTERPRETED.get():
+        return ref[...]
+    index = (None,) if JAX_VERSION < (0, 11) else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def store_transposed(ref: Any, x: jax.Array) -> None:
+    """Stores the transpose of a 16-bit array in `WGMMA`, by stmatrix, `swizzled`."""
+    if JAX_VERSION < (0, 11) and not _INTERPRETED.get():
+        x = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+    ref.T[...] = x
 
 
 def release_smem() -> None:
