@@ -64,8 +64,9 @@ def _unsupported(a: NMCompressed, form: Form) -> str | None:
         return f"the instruction multiplies 2:4 alone, the operand is {n}:{m}"
     if a.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 or float16, the operands are {a.dtype}"
-    if form.out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"writes bfloat16, float16 or float32, not {form.out_dtype}"
+    out_dtype = jnp.dtype(form.out_dtype)
+    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"writes bfloat16, float16 or float32, not {out_dtype}"
     return None
 
 
