@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.pallas.mosaic_gpu import lowering
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
@@ -90,7 +91,21 @@ def kernel(
         finally:
             _INTERPRETED.reset(token)
 
-    return plgpu.kernel(traced, kernel_name=name, compiler_params=params, **kwargs)
+    run = plgpu.kernel(traced, kernel_name=name, compiler_params=params, **kwargs)
+    return run if interpret is None else lambda *operands: _judged(run(*operands))
+
+
+def _judged(out: Any) -> Any:
+    """What an interpreted kernel returned; a race, else only printed, raises."""
+
+    def judge(*leaves):
+        if interpret_pallas_call.get_races().races_found:
+            raise RuntimeError("the interpreted kernel has a race, printed above")
+        return leaves
+
+    leaves, tree = jax.tree.flatten(out)
+    leaves = jax.pure_callback(judge, leaves, *leaves, vmap_method="broadcast_all")
+    return jax.tree.unflatten(tree, leaves)
 
 
 def interpreter(detect_races: bool = True) -> Any:
@@ -212,9 +227,7 @@ def _regroup(*arrays, layout):
     scalars = [s for array in arrays for s in _scalars(array.registers.flat)]
     shape = (*arrays[0].shape[:-1], sum(array.shape[-1] for array in arrays))
     length = layout.vector_length
-    vectors = [
-        _vector(scalars[i : i + length]) for i in range(0, len(scalars), length)
-    ]
+    vectors = [_vector(scalars[i : i + length]) for i in range(0, len(scalars), length)]
     return fa.FragmentedArray(
         _registers=_as_array(vectors, layout.registers_shape(shape)),
         _layout=layout,
