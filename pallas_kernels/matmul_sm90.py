@@ -37,25 +37,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ptx
+from pallas_kernels import ptx, reference
 from pallas_kernels.config import SM90Config, heuristic_sm90
 from pallas_kernels.format import NMCompressed, pad
 from pallas_kernels.reference import ACTIVATIONS, Form
 
 _COPYING = 2  # the warpgroup that does not multiply
-_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
-    """Why `gemm` cannot run here with these operands; None where it can."""
+    """Why `gemm` cannot run these operands on this device; None where it can."""
     del b
     capability = ptx.capability()
     if capability is None:
-        return "needs a Hopper GPU, and jax runs on none: see jax.devices()"
+        return f"needs a Hopper GPU, jax runs on {jax.default_backend()}"
     if capability != (9, 0):
+        major, minor = capability
         return (
-            f"wgmma.sp exists on capability 9.0 (Hopper) alone, this device has "
-            f"{capability[0]}.{capability[1]}"
+            f"needs compute capability 9.0 (Hopper), which alone has wgmma; this device "
+            f"has {major}.{minor}"
         )
     return _unsupported(a, form)
 
@@ -63,14 +63,12 @@ def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
 def _unsupported(a: NMCompressed, form: Form) -> str | None:
     if a.pattern != (2, 4):
         n, m = a.pattern
-        return f"the instruction multiplies 2:4, not {n}:{m}"
-    if a.dtype not in _DTYPES:
-        return f"multiplies bfloat16 and float16, not {a.dtype}: cast both operands"
-    if jnp.dtype(form.out_dtype) not in (*_DTYPES, jnp.float32):
-        return f"writes bfloat16, float16 and float32, not {form.out_dtype}"
-    if form.out_is_nm and jnp.dtype(form.out_dtype) == jnp.float32:
-        # stmatrix, which transposes on the way to shared memory, moves 16 bits.
-        return "writes float32 as (M, N) alone: transpose the product, or cast it"
+        return f"the instruction multiplies 2:4 alone, the operand is {n}:{m}"
+    if a.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 or float16, the operands are {a.dtype}"
+    out_dtype = jnp.dtype(form.out_dtype)
+    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"writes bfloat16, float16 or float32, not {out_dtype}"
     return None
 
 
@@ -83,26 +81,33 @@ def gemm(
     config: SM90Config | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """`act(A · B + bias)`, as `reference.gemm` says.
+    """`reference.gemm` by `wgmma.mma_async.sp`.
 
     Args:
-      a: Operand A, 2:4 of dense shape (M, K), `axis=-1`; bfloat16 or float16.
-      b: Operand B in the dtype of A.
+      a: Operand A, one 2:4 matrix of dense shape (M, K), `axis=-1`; bfloat16, float16.
+      b: Operand B in the dtype of A, `(K, N)` or `(N, K)` as `form` says.
       bias: None, or a vector; added in float32.
-      form: The layouts, the activation, the dtype of D: bfloat16, float16 or float32.
-      config: The tiles; by default `heuristic_sm90`.
-      interpret: Of `ptx.kernel`.
+      form: The layouts of B and D, the activation, the dtype of D.
+      config: The tiles; by default what `heuristic_sm90` chooses for these sizes.
+      interpret: What `ptx.interpreter` made, to run on the CPU; None to compile.
+
+    Returns:
+      `(M, N)` or `(N, M)` in `form.out_dtype`.
 
     Raises:
-      ValueError: The dtypes or the pattern are others.
+      NotImplementedError: This is no Hopper, or the operands are none that the
+        instruction takes.
     """
-    reason = _unsupported(a, form) if interpret else unavailable(a, b, form)
+    reason = unavailable(a, b, form) if interpret is None else _unsupported(a, form)
     if reason:
-        raise ValueError(f"matmul_sm90: {reason}")
+        raise NotImplementedError(f"matmul_sm90: {reason}")
     form = dataclasses.replace(form, out_dtype=jnp.dtype(form.out_dtype))
     m, k = a.shape
     n = b.shape[1 if form.b_is_kn else 0]
+    if 0 in (m, n, k):
+        return reference.gemm(a, b, bias, form)  # there is nothing to multiply
     config = config or heuristic_sm90(m, n, k)
+    # Interpreted, two clusters: each makes several tiles.
     clusters = 2
     if interpret is None:
         clusters = ptx.multiprocessors() // config.cluster_m

@@ -126,9 +126,17 @@ def load(ref: Any, layout: Any) -> jax.Array:
 
 
 def store_transposed(ref: Any, x: jax.Array) -> None:
-    """Stores the transpose of a 16-bit array in `WGMMA`, by stmatrix, `swizzled`."""
-    if JAX_VERSION < (0, 11) and not _INTERPRETED.get():
-        x = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+    """Stores the transpose of an array in `WGMMA`, by stmatrix where it has 16 bits.
+
+    Args:
+      ref: (N, M) in shared memory, `swizzled`.
+      x: (M, N), 16 or 32 bits.
+    """
+    if not _INTERPRETED.get():
+        if x.dtype.itemsize == 4:  # the layout of single elements
+            x = plgpu.layout_cast(x, WGMMA_ACC)
+        elif JAX_VERSION < (0, 11):
+            x = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
     ref.T[...] = x
 
 
