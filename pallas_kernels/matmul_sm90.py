@@ -54,8 +54,8 @@ def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
     if capability != (9, 0):
         major, minor = capability
         return (
-            f"needs compute capability 9.0 (Hopper), which alone has wgmma; this device "
-            f"has {major}.{minor}"
+            "needs compute capability 9.0 (Hopper), which alone has wgmma; this "
+            f"device has {major}.{minor}"
         )
     return _unsupported(a, form)
 
