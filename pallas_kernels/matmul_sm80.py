@@ -25,6 +25,7 @@ Not yet run on a GPU: compiled for sm_80, sm_86 and sm_90a, and interpreted with
 detection.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -109,46 +110,49 @@ def gemm(
             f"{config} takes {config.shared_memory} bytes of shared memory, a block of "
             f"this device has {limit}: lower stages, or a block size"
         )
+    form = dataclasses.replace(form, out_dtype=jnp.dtype(form.out_dtype))
+    return _gemm(a, b, bias, form=form, config=config, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("form", "config", "interpret"))
+def _gemm(a, b, bias, *, form: Form, config: SM80Config, interpret: Any) -> jax.Array:
+    """Pads to whole tiles, runs the kernel and cuts."""
+    m, n = a.shape[0], b.shape[1 if form.b_is_kn else 0]
     a = pad(a, config.block_m, config.block_k)
-    b_blocks = (config.block_n, config.block_k)
-    b = _pad(b, b_blocks[::-1] if form.b_is_kn else b_blocks)
+    b_block = (config.block_n, config.block_k)
+    b = _pad(b, b_block[::-1] if form.b_is_kn else b_block)
+    operands = [a.values, a.metadata, b]
     if bias is not None:
         block = config.block_m if form.bias_along_m else config.block_n
-        bias = _pad(bias.astype(jnp.float32), (block,))
-    operands = (a.values, a.metadata, b) + (() if bias is None else (bias,))
-    out = _kernel(config, form, interpret, *operands)
+        operands.append(_pad(bias.astype(jnp.float32), (block,)))
+    tiles = (-(-m // config.block_m), -(-n // config.block_n))
+    shape = (tiles[0] * config.block_m, tiles[1] * config.block_n)
+    out = ptx.kernel(
+        functools.partial(_body, config=config, form=form, tiles=tiles),
+        name="nm_matmul_sm80",
+        interpret=interpret,
+        out_type=jax.ShapeDtypeStruct(
+            shape[::-1] if form.out_is_nm else shape, form.out_dtype
+        ),
+        grid=(tiles[0] * tiles[1],),
+        grid_names=("tile",),
+    )(*operands)
     return out[:n, :m] if form.out_is_nm else out[:m, :n]
 
 
-def _pad(x: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
-    after = [-size % block for size, block in zip(x.shape, blocks, strict=True)]
-    return jnp.pad(x, [(0, count) for count in after]) if any(after) else x
+def _pad(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
+    after = [
+        (0, -size % multiple) for size, multiple in zip(x.shape, block, strict=True)
+    ]
+    return jnp.pad(x, after)
 
 
-def _kernel(
-    config: SM80Config, form: Form, interpret: Any, *operands: jax.Array
-) -> jax.Array:
-    """Runs the kernel on whole tiles."""
-    values, _, b, *_ = operands
-    m, n = values.shape[0], b.shape[1 if form.b_is_kn else 0]
-    grid = (m // config.block_m, n // config.block_n)
-    shape = (n, m) if form.out_is_nm else (m, n)
-    return ptx.kernel(
-        functools.partial(_body, config=config, form=form, grid=grid),
-        interpret=interpret,
-        out_type=jax.ShapeDtypeStruct(shape, form.out_dtype),
-        grid=(grid[0] * grid[1],),
-        grid_names=("tile",),
-        name="nm_matmul_sm80",
-    )(*operands)
-
-
-def _body(values_gmem, words_gmem, b_gmem, *rest, config, form, grid):
+def _body(values_gmem, words_gmem, b_gmem, *rest, config, form, tiles):
     *bias_gmem, out_gmem = rest
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     dtype, m_warps = values_gmem.dtype, config.m_warps
     lhs, rhs, acc_layout = ptx.mma_layouts(dtype, m_warps)
-    i, j = plgpu.planar_snake(lax.axis_index("tile"), grid, 0, _GRID_WIDTH)
+    i, j = plgpu.planar_snake(lax.axis_index("tile"), tiles, 0, _GRID_WIDTH)
     steps = values_gmem.shape[1] // (block_k // 2)
 
     def load_words(step):
@@ -167,14 +171,18 @@ def _body(values_gmem, words_gmem, b_gmem, *rest, config, form, grid):
         ptx.release_smem()
         return acc, following
 
+    def operand(block, index_map):
+        swizzled = ptx.swizzled(block[-1], dtype)
+        return plgpu.BlockSpec(block, index_map, transforms=swizzled)
+
     acc = jnp.zeros((block_m, block_n), jnp.float32)
     b_block = (block_k, block_n) if form.b_is_kn else (block_n, block_k)
     acc, _ = plgpu.emit_pipeline(
         multiply,
         grid=(steps,),
         in_specs=[
-            _operand((block_m, block_k // 2), lambda step: (i, step)),
-            _operand(b_block, lambda step: (step, j) if form.b_is_kn else (j, step)),
+            operand((block_m, block_k // 2), lambda step: (i, step)),
+            operand(b_block, lambda step: (step, j) if form.b_is_kn else (j, step)),
         ],
         max_concurrent_steps=config.stages,
         init_carry=(plgpu.layout_cast(acc, acc_layout), load_words(0)),
@@ -194,22 +202,11 @@ def _body(values_gmem, words_gmem, b_gmem, *rest, config, form, grid):
         out_gmem[...] = out
         return
 
-    @functools.partial(pl.run_scoped, out_smem=_tile_in_smem(out))
+    swizzled = ptx.swizzled(out.shape[-1], out.dtype)
+    out_smem = plgpu.SMEM(out.shape, out.dtype, transforms=swizzled)
+
+    @functools.partial(pl.run_scoped, out_smem=out_smem)
     def _(out_smem):
         out_smem[...] = out
         layout = plgpu.Layout.SMEM_GMEM_COPY(out.shape, out.dtype, 128)
         out_gmem[...] = ptx.load(out_smem, layout)
-
-
-def _operand(block, index_map) -> plgpu.BlockSpec:
-    """Tiles of 8 rows of a swizzle, so that ldmatrix meets every bank once."""
-    return plgpu.BlockSpec(block, index_map, transforms=_transforms(block[-1]))
-
-
-def _tile_in_smem(x: jax.Array):
-    return plgpu.SMEM(x.shape, x.dtype, transforms=_transforms(x.shape[-1]))
-
-
-def _transforms(columns: int):
-    swizzle = min(128, 2 * columns)
-    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
