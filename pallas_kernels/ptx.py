@@ -27,6 +27,7 @@ import numpy as np
 from jax import lax
 from jax._src.pallas.mosaic_gpu import lowering
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental import io_callback
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
@@ -104,7 +105,8 @@ def _judged(out: Any) -> Any:
         return leaves
 
     leaves, tree = jax.tree.flatten(out)
-    leaves = jax.pure_callback(judge, leaves, *leaves, vmap_method="broadcast_all")
+    # Ordered, hence after the interpreter has cleaned up.
+    leaves = io_callback(judge, leaves, *leaves, ordered=True)
     return jax.tree.unflatten(tree, leaves)
 
 
