@@ -338,6 +338,8 @@ def search_space(
             )
         except ValueError:
             continue
+        if longest.stages < 2:  # nothing is loaded while it multiplies
+            continue
         found.append(longest)
         if longest.stages > 2:  # fewer steps may leave room for a second block
             found.append(dataclasses.replace(longest, stages=longest.stages // 2 + 1))

@@ -1,17 +1,19 @@
 """One pass that chooses a mask and compresses, against a copy of the matrix."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import compression
 from pallas_kernels.bench.report import CompressionRow
 from pallas_kernels.bench.timing import Contender, quartiles, race
+from pallas_kernels.compression import compress_magnitude, compress_transposable
 from pallas_kernels.format import decompress
+from pallas_kernels.implementations import Implementation
 
 # Flax kernels (k, n): ViT-L's fc1, a square, Llama-3-8B's gate and up.
 MATRICES = ((1024, 4096), (4096, 4096), (4096, 14336))
@@ -25,7 +27,7 @@ class Pass:
     """Mask and compression in one go.
 
     Attributes:
-      name: What is done.
+      name: What is done, and by which implementation.
       run: From the matrix to what it writes.
       written: Bytes written for each entry of the matrix: half a value of 16 bits and
         two bits of metadata for it, once or twice.
@@ -36,6 +38,20 @@ class Pass:
     run: Callable[[jax.Array], Any]
     written: float
     wrong: Callable[[np.ndarray, Any], str | None]
+
+
+def passes() -> list[Pass]:
+    """Both passes of `compression.py` by each implementation."""
+    found = []
+    for name in get_args(Implementation):
+        options = {"dtype": jnp.bfloat16, "implementation": name}
+        magnitude = functools.partial(compress_magnitude, **options)
+        transposable = functools.partial(compress_transposable, **options)
+        found += [
+            Pass(f"W, {name}", magnitude, 1.125, _wrong_magnitude),
+            Pass(f"W and Wᵀ, {name}", transposable, 2.25, _wrong_transposable),
+        ]
+    return found
 
 
 def _wrong_magnitude(w: np.ndarray, compressed: Any) -> str | None:
@@ -75,35 +91,28 @@ def _wrong_transposable(w: np.ndarray, both: Any) -> str | None:
     )
 
 
-def passes() -> tuple[Pass, ...]:
-    """The two passes of `compression.py`, values in bfloat16."""
-    magnitude, transposable = (
-        compression.compress_magnitude,
-        compression.compress_transposable,
-    )
-    return (
-        Pass(
-            "W, by magnitude",
-            lambda w: magnitude(w, axis=-2, dtype=jnp.bfloat16),
-            1.125,
-            _wrong_magnitude,
-        ),
-        Pass(
-            "W and Wᵀ, 4x4 transposable",
-            lambda w: transposable(w, dtype=jnp.bfloat16),
-            2.25,
-            _wrong_transposable,
-        ),
-    )
-
-
 def measure(
-    one: Pass, shape: tuple[int, int], dtype: str, *, rounds: int, seconds: float
+    one: Pass,
+    shape: tuple[int, int],
+    dtype: str,
+    *,
+    rounds: int,
+    seconds: float,
+    sets: int = 0,
 ) -> CompressionRow:
-    """Races a pass against a copy of its input, after its result was judged."""
+    """Races a pass against a copy of its input, after its result was judged.
+
+    Args:
+      one: The pass.
+      shape: Of the matrix.
+      dtype: Of the matrix.
+      rounds: Turns of each.
+      seconds: Of one turn, about.
+      sets: How many matrices take turns; 0 for as many as no L2 can hold.
+    """
     size = shape[0] * shape[1]
     itemsize = jnp.dtype(dtype).itemsize
-    sets = max(2, min(_MOST_SETS, -(-_ROTATED_BYTES // (size * itemsize))))
+    sets = sets or max(2, min(_MOST_SETS, -(-_ROTATED_BYTES // (size * itemsize))))
     keys = jax.random.split(jax.random.key(0), sets)
     matrices = [jax.random.normal(key, shape, dtype) for key in keys]
     run = jax.jit(lambda matrices: [one.run(w) for w in matrices])

@@ -12,12 +12,20 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compress, devices, dispatch, measurements, reference
-from pallas_kernels.bench import contenders, products, report, roofline, tuning
+from pallas_kernels.bench import (
+    contenders,
+    passes,
+    products,
+    report,
+    roofline,
+    tuning,
+)
 from pallas_kernels.bench.__main__ import main
 from pallas_kernels.bench.contenders import Race
 from pallas_kernels.bench.products import FPROP, LAYERS, USES, Product
 from pallas_kernels.bench.report import CompressionRow, Row
 from pallas_kernels.bench.timing import Contender, quartiles, race
+from pallas_kernels.compression import compress_magnitude, compress_transposable
 from pallas_kernels.config import SM90Config, search_space
 from pallas_kernels.devices import DATA_SHEETS, Device
 
@@ -182,6 +190,65 @@ def test_tables_by_hand():
     assert lines[2] == "| W | 4x4 | float32 | 1.0 | 2.0 | 0.041 | 2.00x | 2.00–2.00 |"
     assert "cannot run: no GPU" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def only(name, part):
+    (found,) = (one for one in passes.passes() if one.name == f"{part}, {name}")
+    return found
+
+
+@pytest.mark.parametrize("part, moved", [("W", 5.125), ("W and Wᵀ", 6.25)])
+def test_passes_against_a_copy(part, moved):
+    one = only("reference", part)
+    row = passes.measure(one, (64, 32), "float32", rounds=2, seconds=0, sets=2)
+    assert row.status == "ok" and row.us > 0 and row.copy_us > 0
+    assert row.moved == moved * 64 * 32
+
+
+def keep_the_first_two(w):
+    mask = jnp.broadcast_to(jnp.arange(64)[:, None] % 4 < 2, w.shape)
+    return compress(w, mask, dtype=jnp.bfloat16)
+
+
+def two_masks(w):
+    return compress_magnitude(w), compress_magnitude(w.T)
+
+
+def another_tile(w):
+    """2:4 along both axes, and not the best."""
+    row, column = jnp.arange(64)[:, None], jnp.arange(32)
+    mask = (row % 4 < 2) == (column % 4 < 2)
+    return compress(w, mask, dtype=jnp.bfloat16), compress(
+        w.T, mask.T, dtype=jnp.bfloat16
+    )
+
+
+@pytest.mark.parametrize(
+    "part, run, message",
+    [
+        ("W", keep_the_first_two, "of 2048 entries differ"),
+        ("W", lambda w: compress_magnitude(2 * w), "of 2048 entries differ"),
+        ("W and Wᵀ", two_masks, "W and its transpose have different masks"),
+        ("W and Wᵀ", another_tile, "of 128 tiles are not optimal"),
+        (
+            "W and Wᵀ",
+            lambda w: compress_transposable(2 * w),
+            "a kept entry has another value",
+        ),
+    ],
+)
+def test_a_wrong_compression_never_races(part, run, message):
+    one = dataclasses.replace(only("reference", part), run=run)
+    row = passes.measure(one, (64, 32), "float32", rounds=1, seconds=0, sets=2)
+    assert row.wrong and message in row.status and row.us == 0
+
+
+def test_a_compression_that_cannot_run_is_a_row_with_its_reason():
+    if jax.default_backend() == "gpu":
+        pytest.skip("here it may run")
+    one = only("mosaic", "W")
+    row = passes.measure(one, (64, 32), "float32", rounds=1, seconds=0, sets=2)
+    assert row.status.startswith("cannot run: ") and "needs" in row.status
 
 
 SHAPES = ["--shape", "64,128,64", "--shape", "32,48,64", "--rounds", "2"]
