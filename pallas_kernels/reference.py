@@ -1,11 +1,13 @@
 """What each kernel computes, in plain jnp: the oracle, and what runs everywhere else.
 
-    gemm            D = act(A24 · B + bias)   accumulated in float32
-    magnitude_2to4  which two of four entries are kept, by arrays of comparisons
-    compress_2to4   mask and compress a matrix in one go
+    gemm                   D = act(A24 · B + bias)   accumulated in float32
+    magnitude_2to4         which two of four entries are kept, and what is stored
+    compress_2to4          mask and compress a matrix in one go
+    tile_mask              the 4x4 transposable mask of a matrix
+    compress_transposable  mask W by it, and compress W and Wᵀ
 
-The 4x4 transposable choice is `tile_selection.transposable_2to4`. The kernels call the
-two functions of lists of arrays themselves, so a choice is written once.
+The kernels call the functions of lists of arrays themselves, those of this file and
+`tile_selection.transposable_2to4`, so a choice is written once.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.format import NMCompressed, compress, decompress
+from pallas_kernels.tile_selection import transposable_2to4, unpack_tile
 
 Activation = Literal["gelu", "relu", "squared_relu"]
 
@@ -113,11 +116,31 @@ def magnitude_2to4(
         a, b, c = (behind(i, j) for j in range(4) if j != i)
         return ((a & b) | ((a | b) & c)) >= 0  # the sign of most of the three
 
-    k0, k1, k2, k3 = (kept(i) for i in range(4))
+    return stored_2to4(columns, [kept(i) for i in range(4)])
+
+
+def stored_2to4(
+    columns: Sequence[jax.Array], kept: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What is stored of groups of four of which at most two entries are kept.
+
+    Where fewer are, zeros at the lowest other positions fill up, as in
+    `format.compress`.
+
+    Args:
+      columns: As for `magnitude_2to4`.
+      kept: Whether each entry is kept: four boolean arrays.
+
+    Returns:
+      As `magnitude_2to4`.
+    """
     c0, c1, c2, c3 = columns
-    v0 = jnp.where(k0, c0, jnp.where(k1, c1, c2))
-    v1 = jnp.where(k3, c3, jnp.where(k2, c2, c1))
-    i0 = jnp.where(k0, 0, jnp.where(k1, 1, 2))
+    k0, k1, k2, k3 = kept
+    first1, first2 = k1 & (k2 | k3), k2 & k3  # entry 1, or 2, is the first of two
+    zero = jnp.zeros_like(c0)
+    v0 = jnp.where(k0, c0, jnp.where(first1, c1, jnp.where(first2, c2, zero)))
+    v1 = jnp.where(k3, c3, jnp.where(k2, c2, jnp.where(k1, c1, zero)))
+    i0 = jnp.where(k0, 0, jnp.where(first1, 1, jnp.where(first2, 2, 0)))
     i1 = jnp.where(k3, 3, jnp.where(k2, 2, 1))
     return v0, v1, (i0 | (i1 << 2)).astype(jnp.int32)
 
@@ -139,3 +162,40 @@ def compress_2to4(w: jax.Array, dtype: Any) -> NMCompressed:
     mask = [(nibbles & 3 == i) | (nibbles >> 2 == i) for i in range(4)]
     mask = jnp.stack(mask, axis=-1).reshape(rows, k)
     return compress(w, mask, axis=-1, dtype=dtype)
+
+
+def tile_mask(scores: jax.Array, *, at_most: bool) -> jax.Array:
+    """`transposable_2to4` of every 4x4 tile of a matrix: bool, True = kept."""
+    rows, columns = scores.shape
+    tiles = scores.reshape(rows // 4, 4, columns // 4, 4)
+    bits = transposable_2to4(
+        [[tiles[:, r, :, c] for c in range(4)] for r in range(4)], at_most=at_most
+    )
+    return mask_of_bits(bits)
+
+
+def mask_of_bits(bits: jax.Array) -> jax.Array:
+    """The mask `(4 r, 4 c)` of bits `(r, c)` that `transposable_2to4` chose."""
+    rows = [jnp.stack(row, axis=-1) for row in unpack_tile(bits)]  # (r, c, 4)
+    mask = jnp.stack(rows, axis=1)  # (r, 4, c, 4)
+    return mask.reshape(4 * bits.shape[0], 4 * bits.shape[1])
+
+
+def compress_transposable(
+    w: jax.Array, dtype: Any, *, at_most: bool
+) -> tuple[NMCompressed, NMCompressed]:
+    """W and Wᵀ compressed under one transposable mask of |W|.
+
+    Args:
+      w: `(k, n)`, as for `compress_2to4`.
+      dtype: Of the values.
+      at_most: As for `transposable_2to4`.
+
+    Returns:
+      `w` and its transpose, both with `axis=-2`.
+    """
+    mask = tile_mask(jnp.abs(w), at_most=at_most)
+    return (
+        compress(w, mask, axis=-2, dtype=dtype),
+        compress(w.T, mask.T, axis=-2, dtype=dtype),
+    )
