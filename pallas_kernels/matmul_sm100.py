@@ -328,7 +328,8 @@ def _body(
         plgpu.barrier_wait(multiplied.at[slot])
         rows = pl.ds(i * block_m, block_m)
         layout, width = _register_layout(form), _slice_width(form)
-        for part in range(block_n // width):
+        parts = block_n // width
+        for part in range(parts):
             start = slot * block_n + part * width
             out = plgpu.async_load_tmem(
                 acc_tmem.at[:, pl.ds(start, width)], layout=layout
@@ -342,7 +343,7 @@ def _body(
             out = ACTIVATIONS[form.activation](out).astype(form.out_dtype)
             # The slice before last has been read: two take turns.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            target = out_smem.at[part % 2]
+            target = out_smem.at[lax.rem(count * parts + part, 2)]
             if form.out_is_nm:
                 target.T[...] = out
                 window = columns, rows
