@@ -225,16 +225,16 @@ def _kernel(
         Returns the count of all steps.
         """
 
-        @plgpu.nd_loop(
-            (tiles[0] * tiles[1],), collective_axes="clusters", init_carry=jnp.int32(0)
-        )
-        def count(info, carry):
+        def tile(info, carry):
             row, column = plgpu.planar_snake(info.index[0], tiles, 0, config.grid_width)
             row = row * config.cluster_m + lax.axis_index("cluster")
             visit(row, column, carry)
             return carry + steps
 
-        return count
+        loop: Any = plgpu.nd_loop(
+            (tiles[0] * tiles[1],), collective_axes="clusters", init_carry=jnp.int32(0)
+        )
+        return loop(tile)
 
     def copy(row, column, first):
         def step(i, _):
@@ -306,16 +306,17 @@ def _kernel(
             return values, words
 
         def step(i, carry):
-            acc, a = carry
+            acc, values, words = carry
             ahead = fragments(lax.min(i + 1, steps - 1))
             s = stage(first + i)
             plgpu.barrier_wait(full.at[s])
-            acc = ptx.wgmma_sp(acc, *a, b_smem.at[s], b_is_nk=not form.b_is_kn)
-            acc = ptx.wgmma_wait(acc, 0, [b_smem.at[s]])
+            b = b_smem.at[s]
+            acc = ptx.wgmma_sp(acc, values, words, b, b_is_nk=not form.b_is_kn)
+            acc = ptx.wgmma_wait(acc, 0, [b])
             plgpu.barrier_arrive(empty.at[s])
-            return acc, ahead
+            return acc, *ahead
 
-        acc, _ = lax.fori_loop(0, steps, step, (zeros(), fragments(0)))
+        acc, *_ = lax.fori_loop(0, steps, step, (zeros(), *fragments(0)))
         return acc
 
     def zeros():

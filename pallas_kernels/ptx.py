@@ -27,6 +27,7 @@ import numpy as np
 from jax import lax
 from jax._src.pallas.mosaic_gpu import lowering
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import params as interpret_params
 from jax.experimental import io_callback
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
@@ -49,9 +50,15 @@ WGMMA_ACC = plgpu.Layout._WGMMA_ACC_32BIT
 WGMMA = plgpu.Layout.WGMMA
 
 
+def _device() -> Any:
+    """The device that jax runs on by default."""
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return chosen or jax.devices()[0]
+
+
 def capability() -> tuple[int, int] | None:
     """Compute capability of the device that jax runs on by default; None if no GPU."""
-    device = jax.config.jax_default_device or jax.devices()[0]
+    device = _device()
     if not isinstance(device, jax.Device) or device.platform not in ("gpu", "cuda"):
         return None
     major, minor = device.compute_capability.split(".")
@@ -60,7 +67,7 @@ def capability() -> tuple[int, int] | None:
 
 def multiprocessors() -> int:
     """Multiprocessors of the device that jax runs on by default."""
-    return (jax.config.jax_default_device or jax.devices()[0]).core_count
+    return _device().core_count
 
 
 # Whether the kernel that is being traced will be interpreted.
@@ -112,11 +119,7 @@ def _judged(out: Any) -> Any:
 
 def interpreter(detect_races: bool = True) -> Any:
     """Parameters of Pallas' GPU interpreter, in which a race raises."""
-    if JAX_VERSION < (0, 11):
-        from jax._src.pallas.mosaic_gpu.interpret import params
-
-        return params.InterpretGPUParams(detect_races=detect_races)
-    return plgpu.InterpretGPUParams(detect_races=detect_races)
+    return interpret_params.InterpretGPUParams(detect_races=detect_races)
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
@@ -619,7 +622,7 @@ def _wgmma_sp_instruction(
     )
     constraints = ["=f"] * len(acc) + [str(i) for i in range(len(acc))]
     constraints += [a_constraint] * len(a) + ["l", "r"]
-    out = llvm.inline_asm(
+    out: Any = llvm.inline_asm(
         llvm.StructType.get_literal([element] * len(acc)),
         [*acc, *a, b, word],
         text,
