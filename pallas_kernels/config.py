@@ -2,7 +2,7 @@
 
 A Config checks itself when it is made: divisibility, bytes of shared memory, registers
 of a thread. Whatever exists can be compiled. `heuristic_*` chooses one by arithmetic
-on the shape, with the reason beside each constant; `search_space` lists those that
+on the shape, with the reason beside each constant; `bench/search.py` lists those that
 `python -m pallas_kernels.bench --tune` times.
 
 Sizes are those of D = A · B: A (m, k) compressed along k, B (k, n), in elements of 16
@@ -11,7 +11,6 @@ every 2 × 16 entries.
 """
 
 import dataclasses
-import itertools
 from typing import Any, Literal
 
 Architecture = Literal["sm80", "sm90", "sm100"]
@@ -46,6 +45,8 @@ def shared_memory_limit(capability: tuple[int, int]) -> int:
 class SM80Config:
     """`mma.sp` on one group of four warps, operands in shared memory by cp.async.
 
+    Metadata go straight to registers.
+
     Attributes:
       block_m: Rows of a tile of D, a multiple of 64.
       block_n: Columns of a tile of D, a multiple of 64: B as (K, N) has rows of 128
@@ -67,15 +68,19 @@ class SM80Config:
         _check_choice(self, "block_k", (64, 128))
         _check_choice(self, "m_warps", (1, 2, 4))
         _check_stages(self)
-        # 128 × 64 × 64 to 256 × 64 × 64 with two warps along M, up to 232 by this
-        # count, compile without spills; 128 × 128 × 64 with four, 272, spills.
+        # Every tile up to this count compiles for sm_80 without spills; 128 × 128 × 64
+        # with four warps along M, 274, spilled.
         _check_registers(self, limit=232)
         _check_shared_memory(self, limit=SHARED_MEMORY[8, 0])
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of shared memory of a block."""
-        return self.stages * _stage_bytes(self, a_in_shared_memory=True)
+        """Bytes of shared memory: the stages, and after them a tile of D."""
+        values = _aligned(self.block_m * self.block_k)
+        b = _aligned(2 * self.block_n * self.block_k)
+        return max(
+            self.stages * (values + b), _aligned(2 * self.block_m * self.block_n)
+        )
 
     @property
     def registers(self) -> int:
@@ -134,7 +139,7 @@ class SM90Config:
             )
         _check_stages(self)
         # setmaxnreg leaves 232 to a thread that multiplies; 32 are for addresses, the
-        # loop and the epilogue.
+        # loop and the epilogue. Every tile up to this compiles without spills.
         _check_registers(self, limit=200)
         _check_shared_memory(self, limit=SHARED_MEMORY[9, 0])
 
@@ -246,10 +251,10 @@ def heuristic_sm80(
     # Steps of 64 halve the operands in registers, which at 128 x 128 are all taken.
     # Two warps along M: one along M would load twice the A, four spill.
     tile = {"block_m": 128, "block_n": block_n, "block_k": 64, "m_warps": 2}
-    # Four steps in flight, three where there are 99 KB, hide the latency of device
-    # memory behind the products of the others.
+    # Four steps, 96 KB at most, hide the latency of device memory behind the products
+    # of the others, and fit wherever the kernel runs.
     most = min(4, max(2, _tiles(k, 64)))
-    return _with_most_stages(SM80Config, tile, most=most, shared_memory=shared_memory)
+    return with_most_stages(SM80Config, tile, most=most, shared_memory=shared_memory)
 
 
 def heuristic_sm90(m: int, n: int, k: int) -> SM90Config:
@@ -284,7 +289,7 @@ def heuristic_sm90(m: int, n: int, k: int) -> SM90Config:
         "grid_width": 8,
     }
     # Six steps of 512 clocks are 1.6 µs at 1.9 GHz, twice the latency of device memory.
-    return _with_most_stages(SM90Config, tile, most=min(6, max(2, _tiles(k, 64))))
+    return with_most_stages(SM90Config, tile, most=min(6, max(2, _tiles(k, 64))))
 
 
 def heuristic_sm100(m: int, n: int, k: int) -> SM100Config:
@@ -295,61 +300,23 @@ def heuristic_sm100(m: int, n: int, k: int) -> SM100Config:
     # 128 is the shortest step that metadata allow, and leaves the most stages.
     tile = {"block_m": 128, "block_n": block_n, "block_k": 128}
     # Four steps cover the latency of device memory, as on sm90.
-    return _with_most_stages(SM100Config, tile, most=min(4, max(2, _tiles(k, 128))))
+    return with_most_stages(SM100Config, tile, most=min(4, max(2, _tiles(k, 128))))
 
 
-def search_space(
-    architecture: Architecture, shared_memory: int | None = None
-) -> list[Any]:
-    """Every Config that a tuning run tries: all valid, for the longest pipelines.
-
-    Args:
-      architecture: "sm80", "sm90" or "sm100".
-      shared_memory: Bytes that a block may have; by default the most there is.
-    """
-    if architecture not in CONFIGS:
-        raise ValueError(f"{architecture!r}: expected one of {[*CONFIGS]}")
-    fields: dict[str, tuple] = {
-        "sm80": {
-            "tile": ((64, 128), (128, 64), (128, 128), (256, 64)),
-            "block_k": (64, 128),
-            "m_warps": (1, 2, 4),
-        },
-        "sm90": {
-            "tile": ((128, 128), (128, 256), (256, 128), (256, 192)),
-            "block_k": (64, 128),
-            "cluster_m": (1, 2, 4),
-            "a_from": ("shared", "registers"),
-            "grid_width": (1, 8),
-        },
-        "sm100": {
-            "tile": ((128, 64), (128, 128), (128, 192), (128, 256)),
-            "block_k": (128, 256),
-        },
-    }[architecture]
-    found = []
-    for values in itertools.product(*fields.values()):
-        chosen = dict(zip(fields, values, strict=True))
-        block_m, block_n = chosen.pop("tile")
-        chosen |= {"block_m": block_m, "block_n": block_n}
-        try:
-            longest = _with_most_stages(
-                CONFIGS[architecture], chosen, most=8, shared_memory=shared_memory
-            )
-        except ValueError:
-            continue
-        if longest.stages < 2:  # nothing is loaded while it multiplies
-            continue
-        found.append(longest)
-        if longest.stages > 2:  # fewer steps may leave room for a second block
-            found.append(dataclasses.replace(longest, stages=longest.stages // 2 + 1))
-    return found
-
-
-def _with_most_stages(
+def with_most_stages(
     kind: Any, tile: dict, *, most: int, shared_memory: int | None = None
 ) -> Any:
-    """The Config of this tile with as many stages as fit, at most `most`."""
+    """The Config of this tile with as many stages as fit, at most `most`.
+
+    Args:
+      kind: The class of the Config.
+      tile: Its other fields.
+      most: More stages are of no use.
+      shared_memory: Bytes that a block may have; by default what the class allows.
+
+    Raises:
+      ValueError: One stage does not fit, or the tile itself cannot be.
+    """
     for stages in range(most, 0, -1):
         try:
             config = kind(**tile, stages=stages)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 
 from pallas_kernels.bench.contenders import Race, WrongResult
 from pallas_kernels.bench.products import Product
+from pallas_kernels.bench.search import search_space
 from pallas_kernels.bench.timing import Contender, quartiles, race
-from pallas_kernels.config import Config, search_space, shared_memory_limit
+from pallas_kernels.config import Config, shared_memory_limit
 from pallas_kernels.devices import Device
 from pallas_kernels.measurements import Measurement
 

@@ -24,9 +24,10 @@ from pallas_kernels.bench.__main__ import main
 from pallas_kernels.bench.contenders import Race
 from pallas_kernels.bench.products import FPROP, LAYERS, USES, Product
 from pallas_kernels.bench.report import CompressionRow, Row
+from pallas_kernels.bench.search import search_space
 from pallas_kernels.bench.timing import Contender, quartiles, race
 from pallas_kernels.compression import compress_magnitude, compress_transposable
-from pallas_kernels.config import SM90Config, search_space
+from pallas_kernels.config import CONFIGS, SM90Config, shared_memory_limit
 from pallas_kernels.devices import DATA_SHEETS, Device
 
 H200 = Device("NVIDIA H200", (9, 0))
@@ -367,6 +368,21 @@ def test_tuning_writes_what_dispatch_reads(tunable, capsys):
     # A second run keeps what it does not measure again.
     assert main(["--tune", *shape, "--shape", "32,64,64", "--use", "fprop x24"]) == 1
     assert len(measurements.load(H200.name).entries) == 3
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_search_space_has_valid_configs_once(architecture):
+    configs = search_space(architecture)
+    assert len(configs) == len(set(configs)) > 5
+    for config in configs:
+        assert dataclasses.replace(config) == config  # checks itself again
+    limit = shared_memory_limit((8, 9))
+    assert all(c.shared_memory <= limit for c in search_space(architecture, limit))
+
+
+def test_search_space_of_an_unknown_architecture():
+    with pytest.raises(ValueError, match=r"'sm75': expected one of \['sm80'"):
+        search_space("sm75")
 
 
 def test_configs_of_a_tuning_run():

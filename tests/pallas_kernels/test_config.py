@@ -1,19 +1,16 @@
 """Configs: what they count, what they refuse, what the heuristics choose."""
 
-import dataclasses
 import itertools
 
 import pytest
 
 from pallas_kernels.config import (
-    CONFIGS,
     SM80Config,
     SM90Config,
     SM100Config,
     heuristic_sm80,
     heuristic_sm90,
     heuristic_sm100,
-    search_space,
     shared_memory_limit,
 )
 
@@ -23,8 +20,10 @@ KB = 1024
 @pytest.mark.parametrize(
     "config, shared_memory",
     [
+        # Values and B of a stage, or a tile of D if that is more.
+        (SM80Config(128, 128, 64, 4), 4 * (8 + 16) * KB),
+        (SM80Config(128, 128, 64, 1), 128 * 128 * 2),
         # Values, metadata and B of a stage; then two slices of D a warpgroup.
-        (SM80Config(128, 128, 64, 4), 4 * (8 + 1 + 16) * KB),
         (SM90Config(128, 256, 64, 4), 4 * (8 + 1 + 32) * KB + 32 * KB + KB),
         (SM90Config(256, 128, 64, 6, a_from="registers"), (6 * 16 + 64 + 1) * KB),
         (SM100Config(128, 256, 128, 2), 2 * (16 + 2 + 64) * KB + 32 * KB + KB),
@@ -66,7 +65,7 @@ def test_the_bound_of_shared_memory(tile, a_from, bound):
         (SM80Config, (64, 64, 64, 2, 3), r"m_warps = 3, expected one of \(1, 2, 4\)"),
         # Compiled, this one spills.
         (SM80Config, (128, 128, 64, 2, 4), "274 registers .* 232 .* lower block_m"),
-        (SM80Config, (128, 64, 128, 9), "313344 bytes .* 166912 .* lower stages"),
+        (SM80Config, (128, 64, 128, 9), "294912 bytes .* 166912 .* lower stages"),
         (SM90Config, (64, 128, 64, 2), "block_m = 64, expected a .* multiple of 128"),
         (SM90Config, (128, 320, 64, 2), "block_n is at most 256"),
         (SM90Config, (128, 128, 64, 2, 3), "cluster_m = 3"),
@@ -107,24 +106,9 @@ def test_heuristics_choose_what_their_comments_say():
     assert heuristic_sm90(768, 65536, 768).cluster_m == 1  # three rows of tiles
     assert heuristic_sm80(4096, 4096, 64).block_n == 128
     assert heuristic_sm80(256, 256, 4096).block_n == 64
-    assert heuristic_sm80(4096, 4096, 4096, 99 * KB).stages == 3
+    assert heuristic_sm80(4096, 4096, 4096, 99 * KB).stages == 4
     assert heuristic_sm100(4096, 16384, 4096).block_n == 256
     assert heuristic_sm100(512, 512, 4096).block_n == 128
-
-
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_search_space_has_valid_configs_once(architecture):
-    configs = search_space(architecture)
-    assert len(configs) == len(set(configs)) > 5
-    for config in configs:
-        assert dataclasses.replace(config) == config  # checks itself again
-    limit = shared_memory_limit((8, 9))
-    assert all(c.shared_memory <= limit for c in search_space(architecture, limit))
-
-
-def test_search_space_of_an_unknown_architecture():
-    with pytest.raises(ValueError, match=r"'sm75': expected one of \['sm80'"):
-        search_space("sm75")
 
 
 def test_an_unknown_capability_has_the_least_shared_memory():
