@@ -18,8 +18,9 @@ multiplied. What is ready is told by barriers: `loaded` and `consumed` of each s
 The instruction reads metadata in words of the same 2 × 16 entries as `mma.sp` does, in
 another order: `metadata_squares`.
 
-Any M, N and K: an operand that does not fill whole tiles is copied and padded with
-zeros, and D is cut. Needs jax 0.11 and capability 10.x (12.x, GeForce, has no tcgen05:
+Any M, N and K: TMA reads zeros beyond the edges and writes nothing there. An operand
+of which the rows are no multiple of 8, or not of 128 bytes, is copied and padded, and
+such a D is cut. Needs jax 0.11 and capability 10.x (12.x, GeForce, has no tcgen05:
 there `mma.sp` runs).
 
 Not yet run on a GPU, and less is proven of it than of the other kernels: Pallas'
@@ -146,53 +147,61 @@ def gemm(
 def _gemm(
     a, b, bias, *, form: Form, config: SM100Config, blocks: int, interpret: Any
 ) -> jax.Array:
-    """Pads to whole tiles, runs the kernel and cuts."""
+    """Pads to what TMA reads and writes whole, runs the kernel and cuts."""
     m, n = a.shape[0], b.shape[1 if form.b_is_kn else 0]
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    a = pad(a, block_m, block_k)
+    padded = pad(a, block_m, block_k)
     values = a.values if interpret is None else decompress(a)
-    b_block = (block_k, block_n) if form.b_is_kn else (block_n, block_k)
-    operands = [values, metadata_squares(a.metadata), _pad(b, b_block)]
+    scratch = _scratch(config, form, values.dtype, is_compressed=interpret is None)
+    # Of the padded matrix the metadata, which have to be legal beyond the edge too; XLA
+    # drops the rest.
+    operands = [
+        _whole_swizzles(values, scratch["values_smem"]),
+        metadata_squares(padded.metadata),
+        _whole_swizzles(b, scratch["b_smem"]),
+    ]
     if bias is not None:
         block = block_m if form.bias_along_m else block_n
-        operands.append(_pad(bias.astype(jnp.float32), (block,)))
-    tiles = (-(-m // block_m), -(-n // block_n))
-    shape = (tiles[0] * block_m, tiles[1] * block_n)
-    steps = a.shape[1] // block_k
-    out = ptx.kernel(
+        operands.append(jnp.pad(bias.astype(jnp.float32), (0, -bias.size % block)))
+    out = jax.ShapeDtypeStruct((n, m) if form.out_is_nm else (m, n), form.out_dtype)
+    whole = functools.partial(_whole_swizzles, smem=scratch["out_smem"])
+    tiles = (padded.shape[0] // block_m, -(-n // block_n))
+    steps = padded.shape[1] // block_k
+    run = ptx.kernel(
         functools.partial(_body, config=config, form=form, tiles=tiles, steps=steps),
         name="nm_matmul_sm100",
         interpret=interpret,
-        out_type=jax.ShapeDtypeStruct(
-            shape[::-1] if form.out_is_nm else shape, form.out_dtype
-        ),
+        out_type=jax.eval_shape(whole, out),
         grid=(min(blocks, tiles[0] * tiles[1]),),
         grid_names=("block",),
         num_threads=2,
         thread_name="warpgroup",
-        scratch_types=_scratch(
-            config, form, values.dtype, b_block, values.shape[1] // steps
-        ),
-    )(*operands)
-    return out[:n, :m] if form.out_is_nm else out[:m, :n]
+        scratch_types=scratch,
+    )
+    return run(*operands)[: out.shape[0], : out.shape[1]]
 
 
-def _pad(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
-    after = [
-        (0, -size % multiple) for size, multiple in zip(x.shape, block, strict=True)
-    ]
-    return jnp.pad(x, after)
+def _whole_swizzles(x: jax.Array, smem: Any) -> jax.Array:
+    """Pads a matrix to whole tiles of its copy in shared memory: 8 rows of 128 bytes.
+
+    TMA reads zeros beyond them, and writes nothing.
+    """
+    tiling, _ = smem.transforms
+    sizes = zip(x.shape, tiling.tiling, strict=True)
+    return jnp.pad(x, [(0, -size % multiple) for size, multiple in sizes])
 
 
 def _scratch(
-    config: SM100Config, form: Form, dtype: Any, b_block: tuple[int, int], columns: int
+    config: SM100Config, form: Form, dtype: Any, *, is_compressed: bool
 ) -> dict[str, Any]:
-    """What a block has in shared and tensor memory; `columns` of A in a step."""
+    """What a block has in shared and tensor memory."""
     stages, block_m = config.stages, config.block_m
-    metadata_columns = stages * config.block_k // 2
+    block_n, block_k = config.block_n, config.block_k
+    columns = block_k // 2 if is_compressed else block_k
+    metadata_columns = stages * block_k // 2
     # A column of tensor memory holds 16 metadata of each of its 128 lanes.
     room = _TENSOR_MEMORY_COLUMNS - metadata_columns // 16
-    tiles_in_flight = min(2, room // config.block_n)
+    tiles_in_flight = min(2, room // block_n)
 
     def smem(*shape, dtype=dtype):
         return plgpu.SMEM(shape, dtype, transforms=ptx.swizzled(shape[-1], dtype))
@@ -202,18 +211,15 @@ def _scratch(
             num_arrivals=1, num_barriers=count, orders_tensor_core=True
         )
 
+    b = (block_k, block_n) if form.b_is_kn else (block_n, block_k)
     width = _slice_width(form)
     part = (width, block_m) if form.out_is_nm else (block_m, width)
     return {
         "values_smem": smem(stages, block_m, columns),
-        "metadata_smem": plgpu.SMEM(
-            (stages, 1, config.block_k // 128, 128, 64), jnp.uint2
-        ),
-        "b_smem": smem(stages, *b_block),
+        "metadata_smem": plgpu.SMEM((stages, 1, block_k // 128, 128, 64), jnp.uint2),
+        "b_smem": smem(stages, *b),
         "out_smem": smem(2, *part, dtype=form.out_dtype),
-        "acc_tmem": plgpu.TMEM(
-            (block_m, tiles_in_flight * config.block_n), jnp.float32
-        ),
+        "acc_tmem": plgpu.TMEM((block_m, tiles_in_flight * block_n), jnp.float32),
         "metadata_tmem": plgpu.TMEM(
             (block_m, metadata_columns),
             jnp.uint2,
