@@ -202,9 +202,9 @@ def _markdown(title, about, rows, passed, sheet, absent) -> str:
 
 
 def _status(rows: Sequence[Row | CompressionRow]) -> int:
-    wrong = [row for row in rows if row.wrong]
-    if wrong:
-        print(f"{len(wrong)} of {len(rows)} results are WRONG", file=sys.stderr)
+    bad = [row for row in rows if row.bad]
+    if bad:
+        print(f"{len(bad)} of {len(rows)} are WRONG or FAILED", file=sys.stderr)
         return 1
     if not any(row.status == "ok" for row in rows):
         print("nothing could run", file=sys.stderr)

@@ -52,6 +52,9 @@ class Race:
 
     Attributes:
       dense: The dense product as a contender.
+
+    Raises:
+      WrongResult: The dense product is not the oracle's.
     """
 
     def __init__(self, product: Product, dtype: str, seed: int = 0, sets: int = 0):
@@ -67,8 +70,10 @@ class Race:
         self._dense = [(a, b) for a, _, b in made]
         self._sparse = [(a24, b) for _, a24, b in made]
         self._tolerance = TOLERANCE[dtype] * product.k**0.5
+        exact = functools.partial(self._dense_product, accumulator=jnp.float32)
+        self._oracle = self._contender("oracle", exact, self._dense).run()
         self.dense = self._contender("dense", self._dense_product, self._dense)
-        self._oracle = self.dense.run()
+        self._judge("jnp.dot", self.dense.run())
 
     def sparse(self, implementation: str, config: Config | None = None) -> Contender:
         """A kernel of this package, or "reference", judged.
@@ -93,7 +98,7 @@ class Race:
         contender = self._contender(
             implementation, lambda a, b: gemm(a, b, None, self.form), self._sparse
         )
-        self._judge(contender.run())
+        self._judge(implementation, contender.run())
         return contender
 
     def cusparselt(self) -> Contender:
@@ -125,17 +130,20 @@ class Race:
         )
         results = contender.run()
         wait(results)
-        self._judge([jax.dlpack.from_dlpack(out.contiguous()) for out in results])
+        self._judge(
+            "cuSPARSELt", [jax.dlpack.from_dlpack(out.contiguous()) for out in results]
+        )
         return contender
 
-    def _dense_product(self, a, b):
+    def _dense_product(self, a, b, accumulator=None):
+        """`jnp.dot`, which on a GPU accumulates in float32 and writes `a.dtype`."""
         contract_a = 0 if self.product.use.a_is_km else 1
         contract_b = 0 if self.form.b_is_kn else 1
         operands, contract = (a, b), ((contract_a,), (contract_b,))
         if self.form.out_is_nm:
             operands, contract = operands[::-1], contract[::-1]
         out = lax.dot_general(
-            *operands, (contract, ((), ())), preferred_element_type=jnp.float32
+            *operands, (contract, ((), ())), preferred_element_type=accumulator
         )
         return out.astype(self.form.out_dtype)
 
@@ -148,17 +156,17 @@ class Race:
 
         return Contender(name, lambda: run(*arrays), len(sets))
 
-    def _judge(self, results: Sequence[jax.Array]) -> None:
+    def _judge(self, name: str, results: Sequence[jax.Array]) -> None:
         for result, expected in zip(results, self._oracle, strict=True):
             if result.shape != expected.shape or result.dtype != expected.dtype:
                 raise WrongResult(
-                    f"{result.dtype}{result.shape}, "
+                    f"{name} gives {result.dtype}{result.shape}, "
                     f"expected {expected.dtype}{expected.shape}"
                 )
             error = float(_largest_error(result, expected))
             if not error <= self._tolerance:  # NaN is not below either
                 raise WrongResult(
-                    f"off by {error:.3g}, more than {self._tolerance:.3g}"
+                    f"{name} is off by {error:.3g}, more than {self._tolerance:.3g}"
                 )
 
 
@@ -210,13 +218,16 @@ def measure(
       sets: Of operands; 0 for as many as no L2 can hold.
     """
     row = Row(product, dtype, implementation)
-    entrants = Race(product, dtype, sets=sets)
     try:
+        entrants = Race(product, dtype, sets=sets)
         sparse = entrants.sparse(implementation)
     except NotImplementedError as error:
         return dataclasses.replace(row, status=f"cannot run: {error}")
     except WrongResult as error:
         return dataclasses.replace(row, status=f"WRONG: {error}")
+    # What the compiler or the driver refuses costs this row, not those before it.
+    except jax.errors.JaxRuntimeError as error:
+        return dataclasses.replace(row, status=f"FAILED: {error}"[:300])
     rivals, notes = [], []
     if missing_cusparselt() is None:
         try:

@@ -121,6 +121,8 @@ def measure(
         results = run(matrices)
     except NotImplementedError as error:
         return dataclasses.replace(row, status=f"cannot run: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        return dataclasses.replace(row, status=f"FAILED: {error}"[:300])
     wrong = one.wrong(np.asarray(matrices[0], np.float32), results[0])
     if wrong:
         return dataclasses.replace(row, status=f"WRONG: {wrong}")

@@ -33,7 +33,7 @@ class Row:
       product: The product.
       dtype: Of operands and result.
       implementation: What raced against the dense product.
-      status: "ok", "WRONG: ..." or "cannot run: ...".
+      status: "ok", "WRONG: ...", "FAILED: ..." or "cannot run: ...".
       dense_us: Median time of the dense product in µs, 0 where none counts.
       sparse_us: Median time of the sparse product in µs.
       ratio: Quartiles of dense over sparse time within a round.
@@ -54,9 +54,9 @@ class Row:
     notes: tuple[str, ...] = ()
 
     @property
-    def wrong(self) -> bool:
-        """Whether a result was not the oracle's: no time of this row counts."""
-        return self.status.startswith("WRONG")
+    def bad(self) -> bool:
+        """Whether a result was not the oracle's, or there is none: no time counts."""
+        return self.status.startswith(("WRONG", "FAILED"))
 
     @property
     def tflops(self) -> float:
@@ -79,7 +79,7 @@ class CompressionRow:
       name: What was done.
       shape: Of the dense matrix.
       dtype: Of the dense matrix; the values are 16 bits.
-      status: "ok", "WRONG: ..." or "cannot run: ...".
+      status: As of `Row`.
       moved: Bytes that it has to read and write.
       copy_us: Median time of the copy in µs.
       us: Median time of the pass in µs.
@@ -96,9 +96,9 @@ class CompressionRow:
     ratio: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
-    def wrong(self) -> bool:
-        """Whether the result was not the oracle's."""
-        return self.status.startswith("WRONG")
+    def bad(self) -> bool:
+        """As of `Row`."""
+        return self.status.startswith(("WRONG", "FAILED"))
 
 
 def machine() -> dict[str, Any]:
@@ -135,7 +135,9 @@ def product_table(rows: Sequence[Row], sheet: DataSheet | None) -> str:
         p = row.product
         cells = [p.layer, p.use.name, str(p.m), str(p.n), str(p.k)]
         if row.status != "ok":
-            cells += [row.status] + [""] * (len(names) - len(cells) - 1)
+            cells += [" ".join(row.status.split())] + [""] * (
+                len(names) - len(cells) - 1
+            )
         else:
             cells += [
                 f"{row.dense_us:.1f}",
@@ -170,7 +172,9 @@ def compression_table(rows: Sequence[CompressionRow], sheet: DataSheet | None) -
     for row in rows:
         cells = [row.name, f"{row.shape[0]}x{row.shape[1]}", row.dtype]
         if row.status != "ok":
-            cells += [row.status] + [""] * (len(names) - len(cells) - 1)
+            cells += [" ".join(row.status.split())] + [""] * (
+                len(names) - len(cells) - 1
+            )
         else:
             speed = row.moved / row.us / 1e3
             cells += [f"{row.copy_us:.1f}", f"{row.us:.1f}", f"{speed:.4g}"]
