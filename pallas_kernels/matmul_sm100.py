@@ -58,7 +58,6 @@ _COPYING, _MULTIPLYING = 0, 1  # warps of the first
 
 def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
     """Why `gemm` cannot run these operands on this device; None where it can."""
-    del b
     if ptx.JAX_VERSION < SINCE:
         needed = ".".join(map(str, SINCE))
         return f"needs jax {needed} or later, this is {jax.__version__}"
@@ -67,15 +66,15 @@ def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
         return f"needs an NVIDIA GPU, jax runs on {jax.default_backend()}"
     if capability[0] != 10:
         return f"needs compute capability 10.x, this device has {capability}"
-    return _unsupported(a, form)
+    return _unsupported(a, b, form)
 
 
-def _unsupported(a: NMCompressed, form: Form) -> str | None:
+def _unsupported(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
     if a.pattern != (2, 4):
         n, m = a.pattern
         return f"the instruction multiplies 2:4 alone, the operand is {n}:{m}"
-    if a.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 or float16, the operands are {a.dtype}"
+    if a.dtype not in (jnp.bfloat16, jnp.float16) or b.dtype != a.dtype:
+        return f"takes bfloat16 or float16 twice, the operands are {a.dtype}, {b.dtype}"
     out_dtype = jnp.dtype(form.out_dtype)
     if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"writes bfloat16, float16 or float32, not {out_dtype}"
@@ -128,11 +127,14 @@ def gemm(
 
     Raises:
       NotImplementedError: The operands are none that the instruction takes.
+      ValueError: B does not fit A.
     """
-    if reason := _unsupported(a, form):
+    if reason := _unsupported(a, b, form):
         raise NotImplementedError(f"matmul_sm100: {reason}")
     m, k = a.shape
-    n = b.shape[1 if form.b_is_kn else 0]
+    n, b_k = b.shape[::-1] if form.b_is_kn else b.shape
+    if b_k != k:
+        raise ValueError(f"A {a.shape} contracts {k}, B {b.shape} has {b_k}: {form}")
     if 0 in (m, n, k):
         return reference.gemm(a, b, bias, form)  # there is nothing to multiply
     config = config or heuristic_sm100(m, n, k)

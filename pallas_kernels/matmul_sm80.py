@@ -10,7 +10,7 @@ walks along K in steps of `block_k`, of which `stages` are in shared memory at a
              (block_k, block_n)       ldmatrix.trans
 
 The metadata words, (block_m/2, block_k/16), go from global memory to registers, a step
-ahead: cp.async copies 16 bytes at least, and a row of them may be that narrow.
+ahead: Mosaic's cp.async takes rows of 32 bytes at least, and 64 columns have 16.
 
 The epilogue adds the bias and applies the activation in float32. A D of 16 bits goes
 through shared memory, and is written in pieces of 128 bytes of a row; where it is
@@ -21,8 +21,9 @@ Any M, N and K: an operand that does not fill whole tiles is copied and padded w
 zeros, and D is cut. Runs wherever `mma.sp` does, capability 8.0 and later; from 9.0 on
 Mosaic copies by TMA instead of cp.async. Needs jax 0.11.1, which first had Ampere.
 
-Not yet run on a GPU: compiled for sm_80, sm_86 and sm_90a, and interpreted with race
-detection.
+Not yet run on a GPU. It compiles for sm_80, sm_86 and sm_90a; its body is interpreted
+with race detection, for which jax takes the path by TMA; and what it does to registers,
+from Mosaic's layouts to the operands of the instruction, is emulated lane by lane.
 """
 
 import dataclasses
@@ -47,7 +48,6 @@ _GRID_WIDTH = 8
 
 def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
     """Why `gemm` cannot run these operands on this device; None where it can."""
-    del b
     if ptx.JAX_VERSION < ptx.AMPERE_SINCE:
         needed = ".".join(map(str, ptx.AMPERE_SINCE))
         return f"needs jax {needed} or later, this is {jax.__version__}"
@@ -56,15 +56,15 @@ def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
         return f"needs an NVIDIA GPU, jax runs on {jax.default_backend()}"
     if capability < (8, 0):
         return f"needs compute capability 8.0 or later, this device has {capability}"
-    return _unsupported(a, form)
+    return _unsupported(a, b, form)
 
 
-def _unsupported(a: NMCompressed, form: Form) -> str | None:
+def _unsupported(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
     if a.pattern != (2, 4):
         n, m = a.pattern
         return f"the instruction multiplies 2:4 alone, the operand is {n}:{m}"
-    if a.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 or float16, the operands are {a.dtype}"
+    if a.dtype not in (jnp.bfloat16, jnp.float16) or b.dtype != a.dtype:
+        return f"takes bfloat16 or float16 twice, the operands are {a.dtype}, {b.dtype}"
     out_dtype = jnp.dtype(form.out_dtype)
     if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"writes bfloat16, float16 or float32, not {out_dtype}"
@@ -94,13 +94,16 @@ def gemm(
       `(M, N)` or `(N, M)` in `form.out_dtype`.
 
     Raises:
-      ValueError: `config` takes more shared memory than a block of this device has.
+      ValueError: B does not fit A, or `config` takes more shared memory than a block
+        of this device has.
       NotImplementedError: The operands are none that the instruction takes.
     """
-    if reason := _unsupported(a, form):
+    if reason := _unsupported(a, b, form):
         raise NotImplementedError(f"matmul_sm80: {reason}")
     m, k = a.shape
-    n = b.shape[1 if form.b_is_kn else 0]
+    n, b_k = b.shape[::-1] if form.b_is_kn else b.shape
+    if b_k != k:
+        raise ValueError(f"A {a.shape} contracts {k}, B {b.shape} has {b_k}: {form}")
     if 0 in (m, n, k):
         return reference.gemm(a, b, bias, form)  # there is nothing to multiply
     limit = shared_memory_limit(ptx.capability() or (8, 0))

@@ -173,7 +173,7 @@ def test_unavailable_says_why(monkeypatch):
     def reason(dtype=jnp.bfloat16, pattern="2:4", out_dtype=jnp.bfloat16):
         a = compressed(w.astype(dtype), pattern)
         form = Form(out_dtype=out_dtype)
-        return matmul_sm100.unavailable(a, jnp.ones((4, 64)), form)
+        return matmul_sm100.unavailable(a, jnp.ones((4, 64), dtype), form)
 
     monkeypatch.setattr(ptx, "JAX_VERSION", (0, 10, 2))
     assert "needs jax 0.11 or later" in reason()
@@ -187,14 +187,25 @@ def test_unavailable_says_why(monkeypatch):
         monkeypatch.setattr(ptx, "capability", lambda value=capability: value)
         assert reason() is None
     assert "2:4 alone, the operand is 2:8" in reason(pattern="2:8")
-    assert "takes bfloat16 or float16, the operands are float32" in reason(jnp.float32)
+    assert "float16 twice, the operands are float32" in reason(jnp.float32)
     assert "not int32" in reason(out_dtype=jnp.int32)
 
 
-def test_operands_that_it_does_not_take_raise():
-    a = compressed(jnp.ones((16, 64)))
-    with pytest.raises(NotImplementedError, match="matmul_sm100: takes bfloat16"):
-        matmul_sm100.gemm(a, jnp.ones((4, 64)), None, Form())
+@pytest.mark.parametrize(
+    "a, b", [("float32", "float32"), ("bfloat16", "float16")], ids=str
+)
+def test_dtypes_that_it_does_not_take_raise(a, b):
+    w24 = compressed(jnp.ones((16, 64), a))
+    message = f"matmul_sm100: takes bfloat16 or float16 twice, the operands are {a}"
+    with pytest.raises(NotImplementedError, match=message):
+        matmul_sm100.gemm(w24, jnp.ones((4, 64), b), None, Form())
+
+
+def test_a_b_that_does_not_fit_raises():
+    w24 = compressed(jnp.ones((16, 64), jnp.bfloat16))
+    b = jnp.ones((4, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"A \(16, 64\) contracts 64, B .* has 4"):
+        matmul_sm100.gemm(w24, b, None, Form(b_is_kn=True))
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it may run")

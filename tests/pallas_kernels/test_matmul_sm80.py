@@ -98,6 +98,30 @@ def test_float16_of_normal_numbers(rng, activation, gemm_atol):
     )
 
 
+@needs_ampere
+def test_nm_matmul_runs_it_under_jit(rng, monkeypatch):
+    """Leading axes, and the gradient of the dense side."""
+    monkeypatch.setattr(matmul_sm80, "unavailable", lambda *_: None)
+    monkeypatch.setattr(matmul_sm80, "gemm", interpreted())
+    w = jnp.asarray(rng.integers(-4, 5, (64, 16)), jnp.bfloat16)
+    w24 = compress(w, nmjax.magnitude_mask(w, "2:4", axis=-2))
+    x = jnp.asarray(rng.integers(-4, 5, (2, 3, 64)), jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(x, implementation):
+        y, vjp = jax.vjp(lambda x: nm_matmul(x, w24, implementation=implementation), x)
+        return y, vjp(y)
+
+    for actual, expected in zip(
+        jax.tree.leaves(run(x, "sm80")),
+        jax.tree.leaves(run(x, "reference")),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(
+            actual.astype(jnp.float32), expected.astype(jnp.float32)
+        )
+
+
 def test_nothing_to_multiply():
     w = jnp.zeros((16, 0), jnp.bfloat16)
     a = compress(w, jnp.ones(w.shape, bool), axis=-1)
@@ -335,7 +359,8 @@ def small(dtype=jnp.bfloat16, pattern="2:4") -> NMCompressed:
 
 def test_unavailable_says_why(monkeypatch):
     def reason(a=None, form=None):
-        return matmul_sm80.unavailable(a or small(), jnp.ones((4, 64)), form or Form())
+        a = a or small()
+        return matmul_sm80.unavailable(a, jnp.ones((4, 64), a.dtype), form or Form())
 
     monkeypatch.setattr(ptx, "JAX_VERSION", (0, 10, 2))
     assert "needs jax 0.11.1 or later" in reason()
@@ -347,20 +372,28 @@ def test_unavailable_says_why(monkeypatch):
         monkeypatch.setattr(ptx, "capability", lambda value=capability: value)
         assert reason() is None
     assert "2:4 alone, the operand is 1:4" in reason(small(pattern="1:4"))
-    assert "takes bfloat16 or float16, the operands are float32" in reason(
-        small(jnp.float32)
-    )
+    assert "float16 twice, the operands are float32" in reason(small(jnp.float32))
     assert "not int32" in reason(form=Form(out_dtype=jnp.int32))
 
 
-def test_operands_that_it_does_not_take_raise():
-    with pytest.raises(NotImplementedError, match="matmul_sm80: takes bfloat16"):
-        matmul_sm80.gemm(small(jnp.float32), jnp.ones((4, 64)), None, Form())
+@pytest.mark.parametrize(
+    "a, b", [("float32", "float32"), ("bfloat16", "float16")], ids=str
+)
+def test_dtypes_that_it_does_not_take_raise(a, b):
+    message = f"matmul_sm80: takes bfloat16 or float16 twice, the operands are {a}, {b}"
+    with pytest.raises(NotImplementedError, match=message):
+        matmul_sm80.gemm(small(a), jnp.ones((4, 64), b), None, Form())
+
+
+def test_a_b_that_does_not_fit_raises():
+    b = jnp.ones((64, 4), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"A \(16, 64\) contracts 64, B .* has 4"):
+        matmul_sm80.gemm(small(), b, None, Form(b_is_kn=False))
 
 
 def test_a_config_that_the_device_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(ptx, "capability", lambda: (8, 6))
-    config = SM80Config(128, 128, 64, stages=4)
+    config = SM80Config(128, 128, 64, stages=6)
     with pytest.raises(ValueError, match="shared memory, a block of this device has"):
         b = jnp.ones((4, 64), jnp.bfloat16)
         matmul_sm80.gemm(small(), b, None, Form(), config=config)
