@@ -37,7 +37,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # Units that promise to need no more than this besides the standard library.
 THIRD_PARTY = {
-    "pallas_kernels": {"absl", "jax", "jax_triton", "numpy", "triton"},
+    "pallas_kernels": {"absl", "jax", "jax_triton", "jaxlib", "numpy", "triton"},
     "nmjax.pattern": set(),
     "nmjax.recipe": set(),
     "nmjax.recipes": set(),
