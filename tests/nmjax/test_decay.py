@@ -287,3 +287,29 @@ def test_a_kept_mask_is_needed(rng):
     with pytest.raises(ValueError, match="does not make sparse"):
         nm = {"v": {"mask": jnp.ones((8, 4), bool)}}
         tx.update(params, tx.init(params), params, nm=nm)
+
+
+# The rule that picks λ
+
+
+def test_the_least_decay_in_the_range_is_picked():
+    rates = {1e-3: 0.005, 2e-4: 0.0093, 6e-5: 0.0097, 6e-4: 0.007}
+    assert nmjax.choose_decay(0.01, rates) == 2e-4
+    assert nmjax.choose_decay(0.01, rates, high=0.75) == 6e-4
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({1e-4: 0.02, 1e-5: 0.03}, "try some above 0.0001"),
+        ({1e-2: 0.001}, "try some below 0.01"),
+        ({1e-3: 0.02, 1e-2: 0.001}, "above 0.001 and below 0.01"),
+        ({}, "expected finite flip rates"),
+        ({1e-3: float("nan")}, "expected finite flip rates"),
+    ],
+)
+def test_rates_that_decide_nothing_are_refused(rates, message):
+    with pytest.raises(ValueError, match=message):
+        nmjax.choose_decay(0.01, rates)
+    with pytest.raises(ValueError, match="dense flip rate must be above 0, got 0"):
+        nmjax.choose_decay(0, {1e-3: 0.01})
