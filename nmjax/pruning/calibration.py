@@ -190,8 +190,9 @@ def with_leaves(params: Any, new: Mapping[str, Any]) -> Any:
 
 
 def _note_linen(note, next_function, args, kwargs, context):
-    layer = context.module
-    if context.method_name == "__call__" and layer.scope is not None:
+    layer, scope = context.module, context.module.scope
+    called = context.method_name == "__call__"
+    if called and scope is not None and scope.has_variable("params", "kernel"):
         path = "/".join((*layer.path, "kernel"))
         if getattr(layer, "nm_recipe", None) is not None:
             raise ValueError(
