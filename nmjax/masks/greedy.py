@@ -27,20 +27,31 @@ def greedy_tiles(keys: jax.Array, n: int) -> jax.Array:
     Returns:
       bool `(m, m, ...)`.
     """
-    return _straight(keys, n) if keys.shape[0] <= 4 else _in_rounds(keys, n)
+    if keys.shape[0] > 4:
+        return _in_rounds(keys, n)
+    kept = greedy_entries([list(row) for row in keys], n)
+    return jnp.stack([jnp.stack(row) for row in kept])
 
 
-def _straight(keys: jax.Array, n: int) -> jax.Array:
-    """The n m largest that fit, one after the other, as one element-wise expression.
+def greedy_entries(keys: list[list[jax.Array]], n: int) -> list[list[jax.Array]]:
+    """`greedy_tiles` of small tiles, m <= 4, as one element-wise expression.
 
-    The kept entries of a tile are a word with bit `m r + c` for row r and column c.
+    The n m largest that fit are kept one after the other. The kept entries of a tile
+    are a word with bit `m r + c` for row r and column c.
+
+    Args:
+      keys: `[row][column]` of the tiles: int32 arrays of one shape.
+      n: Entries kept at most of each row and of each column.
+
+    Returns:
+      bool arrays of that shape, `[row][column]`.
     """
-    m, taken = keys.shape[0], _LOWEST
+    m, taken = len(keys), _LOWEST
     places = [(r, c) for r in range(m) for c in range(m)]
     row = [sum(1 << (m * r + c) for c in range(m)) for r in range(m)]
     column = [sum(1 << (m * r + c) for r in range(m)) for c in range(m)]
-    open_keys = {place: jnp.maximum(keys[place], taken + 1) for place in places}
-    kept = jnp.zeros_like(keys[0, 0])
+    open_keys = {(r, c): jnp.maximum(keys[r][c], taken + 1) for r, c in places}
+    kept = jnp.zeros_like(keys[0][0])
     for _ in range(n * m):
         largest, bit = jnp.full_like(kept, taken), jnp.zeros_like(kept)
         for r, c in places:
@@ -53,8 +64,7 @@ def _straight(keys: jax.Array, n: int) -> jax.Array:
         for r, c in places:
             closed = row_full[r] | column_full[c] | (kept >> (m * r + c) & 1 == 1)
             open_keys[r, c] = jnp.where(closed, taken, open_keys[r, c])
-    entries = [[kept >> (m * r + c) & 1 == 1 for c in range(m)] for r in range(m)]
-    return jnp.stack([jnp.stack(row) for row in entries])
+    return [[kept >> (m * r + c) & 1 == 1 for c in range(m)] for r in range(m)]
 
 
 def _in_rounds(keys: jax.Array, n: int) -> jax.Array:

@@ -23,7 +23,13 @@ from nmjax.masks.cycle_cancelling import (
 from nmjax.masks.entropic import entropic_tiles
 from nmjax.masks.greedy import greedy_tiles
 from nmjax.masks.magnitude import _keys, _real
-from nmjax.masks.tile_layout import check_tiles, from_tiles, to_tiles
+from nmjax.masks.tile_layout import (
+    check_tiles,
+    from_entries,
+    from_tiles,
+    tile_entries,
+    to_tiles,
+)
 from nmjax.pattern import NMPattern
 from pallas_kernels.tile_selection import transposable_2to4, unpack_tile
 
@@ -156,6 +162,8 @@ def _transposable_mask(
     certificate: bool,
 ) -> jax.Array | CertifiedMask:
     n, m = pattern.n, pattern.m
+    if method == "exact" and (n, m) == (2, 4) and not certificate:
+        return _exact_2to4(scores, at_most)
     tiles, best = to_tiles(scores, m), None
     if n == m:
         mask = jnp.ones_like(tiles, jnp.bool_)
@@ -164,7 +172,7 @@ def _transposable_mask(
     elif method == "entropic":
         mask = entropic_tiles(integer_scores(tiles)[0], n)
     elif (n, m) == (2, 4):
-        mask = _exact_2to4(tiles, at_most)
+        mask = to_tiles(_exact_2to4(scores, at_most), m)
     else:
         best = best_tiles(integer_scores(tiles, at_most=at_most)[0], n, at_most=at_most)
         mask = best.mask
@@ -179,9 +187,9 @@ def _transposable_mask(
     return CertifiedMask(from_tiles(mask), gap, best.rounds)
 
 
-def _exact_2to4(tiles: jax.Array, at_most: bool) -> jax.Array:
-    bits = transposable_2to4([list(row) for row in tiles], at_most=at_most)
-    return jnp.stack([jnp.stack(row) for row in unpack_tile(bits)])
+def _exact_2to4(scores: jax.Array, at_most: bool) -> jax.Array:
+    bits = transposable_2to4(tile_entries(scores, 4), at_most=at_most)
+    return from_entries(unpack_tile(bits))
 
 
 def _gap(
