@@ -102,12 +102,13 @@ def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
     x, w, w_dgrad, key = residuals
     w_read = w if w_dgrad is None else w_dgrad
     (dx,) = jax.linear_transpose(lambda x: gemm(x, w_read), x)(dy)
-    if recipe is not None and recipe.wgrad == "gradient":
-        if key is None:
+    if recipe is not None and recipe.pattern is not None:
+        if recipe.wgrad == "gradient" and key is None:
             raise ValueError(no_key)
-        dy = gemm.on_rows(functools.partial(_sampled, recipe.pattern, key), dy, x)
-    if recipe is not None and recipe.wgrad == "activation-fixed":
-        gemm, x, dy = gemm.restore(recipe.pattern, x, dy)
+        if recipe.wgrad == "gradient":
+            dy = gemm.on_rows(functools.partial(_sampled, recipe.pattern, key), dy, x)
+        if recipe.wgrad == "activation-fixed":
+            gemm, x, dy = gemm.restore(recipe.pattern, x, dy)
     (dw,) = jax.linear_transpose(lambda w: gemm(x, w), w)(dy)
     return dx, dw, None, None
 

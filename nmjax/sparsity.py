@@ -156,7 +156,8 @@ class Sparsity:
             case "tile":
                 # As (out, in), the matrix whose rows torchao's algorithms walk.
                 axes = (self.out_axis, self.axis)
-                choose = functools.partial(masks.tile_mask, algorithm=self.recipe.tile)
+                algorithm = self.recipe.tile or ""
+                choose = lambda w: masks.tile_mask(w, algorithm)  # noqa: E731
                 return _on_last_axes(choose, w, axes)
             case "learned":
                 raise ValueError(

@@ -1,5 +1,7 @@
 """λ(1 − E)W as a gradient transformation: once for each optimizer step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -313,3 +315,24 @@ def test_rates_that_decide_nothing_are_refused(rates, message):
         nmjax.choose_decay(0.01, rates)
     with pytest.raises(ValueError, match="dense flip rate must be above 0, got 0"):
         nmjax.choose_decay(0, {1e-3: 0.01})
+
+
+def test_masked_decay_of_2by4_reads_the_stored_transposable_mask():
+    rng = np.random.default_rng(0)
+    params = {"kernel": dyadic(rng, 8, 8)}
+    recipe = recipes.two_by_four(decay=DECAY)
+    weight = dataclasses.replace(recipe, wgrad=None)  # a bare parameter has no GEMM
+    plan = plan_params(params, [Rule(".*", weight)])
+    state = nmjax.init_state(dyadic_tree(rng), plan)  # masks of other weights
+    tx = nmjax.add_decay(plan)
+    gradient = {"kernel": dyadic(rng, 8, 8)}
+    update, _ = tx.update(gradient, tx.init(params), params, nm=state)
+    mask, w = np.asarray(state["kernel"]["mask"]), np.asarray(params["kernel"])
+    expected = np.asarray(gradient["kernel"]) + DECAY * np.where(mask, 0, w)
+    np.testing.assert_array_equal(update["kernel"], expected)
+    assert (mask.reshape(2, 4, 8).sum(1) == 2).all()
+    assert (mask.reshape(8, 2, 4).sum(2) == 2).all()
+
+
+def dyadic_tree(rng):
+    return {"kernel": dyadic(rng, 8, 8)}
