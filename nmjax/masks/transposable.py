@@ -84,7 +84,7 @@ def transposable_mask(
       pattern: The N:M pattern, with m up to 32.
       at_most: Allow fewer than n in a row or column, which the hardware takes as well:
         of 2:4 there are 96 such masks besides the 90 with two everywhere. The sum is
-        never smaller (0.06 % larger for normal weights), and no entry could be added.
+        never smaller (0.05 % larger for normal weights), and no entry could be added.
         Negative scores and NaN count as zero.
       method: "exact"; "greedy", from the largest score down, which may end with fewer
         than n in a row and a column, with or without `at_most`; or "entropic", optimal
