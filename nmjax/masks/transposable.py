@@ -7,7 +7,7 @@ is a small optimisation problem per tile, solved here exactly.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,24 @@ class CertifiedMask(NamedTuple):
     rounds: jax.Array
 
 
+@overload
+def transposable_mask(
+    scores: ArrayLike,
+    pattern: str | NMPattern,
+    *,
+    at_most: bool = False,
+    method: Method = "exact",
+    certificate: Literal[False] = False,
+) -> jax.Array: ...
+@overload
+def transposable_mask(
+    scores: ArrayLike,
+    pattern: str | NMPattern,
+    *,
+    at_most: bool = False,
+    method: Method = "exact",
+    certificate: Literal[True],
+) -> CertifiedMask: ...
 def transposable_mask(
     scores: ArrayLike,
     pattern: str | NMPattern,
@@ -58,7 +76,7 @@ def transposable_mask(
     at_most: bool = False,
     method: Method = "exact",
     certificate: bool = False,
-) -> Any:
+) -> jax.Array | CertifiedMask:
     """Keeps `n` of every `m` along both of the last two axes, with the largest sum.
 
     The last two axes, the `(in, out)` matrix of a Dense kernel or of each position of
