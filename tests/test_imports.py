@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 # imports units of the rows above its own, never of its own row or below: not even
 # inside a function.
 LAYERS = [
-    {"pallas_kernels", "nmjax.pattern", "nmjax.paths", "nmjax.models"},
+    {"pallas_kernels", "nmjax.pattern", "nmjax.paths", "nmjax.patches", "nmjax.models"},
     {"nmjax.masks", "nmjax.sampling", "nmjax.schedule"},
-    {"nmjax.estimators", "nmjax.recipe"},
+    {"nmjax.estimators", "nmjax.tokens", "nmjax.recipe"},
     {"nmjax.recipes", "nmjax.ops"},
     {"nmjax.rules"},
     {"nmjax.planning"},
