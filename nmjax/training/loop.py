@@ -118,7 +118,7 @@ class Loop:
         if position.data:
             self._batches.set_state(position.data[jax.process_index()])
 
-        sparse = phases[-1].plan.sparse
+        sparse = any(phase.plan.sparse for phase in phases)
         self._interval = Interval(position.interval)
         self._pending: Mapping[str, jax.Array] | None = None
         self._test: dict[str, float] | None = None
@@ -127,7 +127,7 @@ class Loop:
         self._clock = _Clock()
         self._signals = StopSignals(every=config.log_every)
         self._checkpoints = CheckpointWriter(run_dir, keep=config.keep)
-        names = columns(data.num_classes, sparse=bool(sparse))
+        names = columns(data.num_classes, sparse=sparse)
         primary = jax.process_index() == 0
         self._metrics = MetricsWriter(run_dir, names, step=self._step, primary=primary)
         self._progress = Progress(
@@ -242,7 +242,7 @@ class Loop:
         return test
 
     def _write_row(self, test: Mapping[str, float]) -> None:
-        masked = sum(entry.size for entry in self._phase.plan.sparse)
+        masked = sum(entry.size for entry in self._phase.plan.masked)
         row = {
             "step": self._step,
             "epoch": round(self._step / self._steps_per_epoch, 4),
