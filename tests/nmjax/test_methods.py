@@ -544,6 +544,37 @@ def test_a_scanned_layer_is_its_layers_one_by_one(name, axis):
         np.testing.assert_allclose(gradient[i], dw, rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_logits_of_a_scanned_layer_are_sliced_with_it(axis):
+    kernels = np.random.default_rng(2).normal(0, 0.5, (3, 8, 8)).astype(np.float32)
+    stored = jnp.moveaxis(jnp.asarray(kernels), 0, axis)
+    params = {"blocks": {"d": {"kernel": stored}}}
+    rules = [nmjax.Rule(".*", LEARNED)]
+    plan = nmjax.plan(Scanned(axis=axis), rules, X)
+    model = nmjax.sparsify(Scanned(axis=axis), rules)
+    zeros = nmjax.init_logits(params, plan)
+    draw = np.random.default_rng(6)
+    logits = jax.tree.map(
+        lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), zeros
+    )
+    state = nmjax.init_state(params, plan)
+    baked = nmjax.bake(params, plan, state, logits=logits)["blocks"]["d"]["kernel"]
+    expected = X
+    for w in np.moveaxis(np.asarray(baked), axis, 0):
+        assert (np.count_nonzero(w.reshape(2, 4, 8), axis=1) == 2).all()
+        expected = np.tanh(expected @ w)
+
+    @jax.jit
+    def run(logits, rngs):
+        variables = {"params": params, "nm": state, "nm_logits": logits}
+        return model.apply(variables, X, rngs=rngs)
+
+    np.testing.assert_allclose(run(logits, {}), expected, rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda logits: run(logits, {"nm": KEY}).sum())(logits)
+    of_layers = np.moveaxis(gradient["blocks"]["d"]["kernel"], 2 * axis, 0)
+    assert all(np.any(layer) for layer in of_layers)
+
+
 def weight_only(recipe):
     """The recipe's mask of W alone, for a bare parameter."""
     if recipe.mask is None:
