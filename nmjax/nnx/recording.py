@@ -113,6 +113,7 @@ def make_weight(
         layer=type(layers[0]).__name__,
         axes=uses[0],
         out_axes=_output_axes(layers[0]),
+        out_parts=getattr(layers[0], "feature_group_count", 1),
         stacked=tuple(range(-value.ndim, -len(_own_shape(layers[0])))),
         weight_only=isinstance(layers[0], nnx.ConvTranspose),
         reason=next(filter(None, reasons), ""),

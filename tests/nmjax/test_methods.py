@@ -669,6 +669,20 @@ def test_every_axis_of_groups_is_checked(recipe, shape, reason):
         nmjax.nnx.Linear(*shape, recipe=recipe, rngs=nnx.Rngs(0))
 
 
+def test_groups_along_the_outputs_stay_in_a_feature_group():
+    recipe, x = recipes.bi_mask("2:4"), jnp.ones((1, 2, 2, 8))
+    reason = "axis -1 has size 12 in 2 feature groups, not a multiple of 4"
+    layer = nn.Conv(12, (1, 1), feature_group_count=2)
+    with pytest.raises(nmjax.PlanError, match=reason):
+        nmjax.plan(layer, [nmjax.Rule(".*", recipe)], x)
+    options = {"feature_group_count": 2, "recipe": recipe}
+    with pytest.raises(nmjax.PlanError, match=reason):
+        nmjax.linen.Conv(12, (1, 1), **options).init(jax.random.key(0), x)
+    with pytest.raises(nmjax.PlanError, match=reason):
+        nmjax.nnx.Conv(8, 12, (1, 1), **options, rngs=nnx.Rngs(0))
+    assert nmjax.plan(layer, [nmjax.Rule(".*", recipes.ste("2:4"))], x).sparse
+
+
 def test_ragged_is_for_masks_along_one_axis():
     rules = [nmjax.Rule(".*", recipes.transposable("2:4"), ragged="pad")]
     with pytest.raises(nmjax.PlanError, match="ragged='pad' is for magnitude masks"):
