@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
+
 from pallas_kernels.bench.contenders import Race, WrongResult, compile_alone
 from pallas_kernels.bench.products import Product
 from pallas_kernels.bench.search import search_space
@@ -70,7 +72,10 @@ def tune(
     Returns:
       The measurement, and what went wrong.
     """
-    entrants = Race(product, dtype, sets=sets)
+    try:
+        entrants = Race(product, dtype, sets=sets)
+    except jax.errors.JaxRuntimeError as error:  # too large for this device
+        return Tuned(None, (), (f"{error}"[:500],))
     wrong, failed = [], []
     best: tuple[float, Config, Contender] | None = None
     for i, (config, compiled) in enumerate(_compiled(entrants, kernel, configs)):

@@ -313,6 +313,26 @@ def test_a_compression_that_cannot_run_is_a_row_with_its_reason():
     assert row.status.startswith("cannot run: ") and "needs" in row.status
 
 
+def test_the_state_of_the_gpu_is_recorded(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\n"
+        'test "$1" = --query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,'
+        "power.draw,power.limit,temperature.gpu || exit 2\n"
+        "echo 580.1, 1980 MHz, 1980 MHz, 3201 MHz, 121.5 W, 700.00 W, 31\n"
+        "echo of another GPU\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    gpu = types.SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    found = report.machine()
+    assert found["driver"] == "580.1" and found["power.limit"] == "700.00 W"
+    assert found["device"] == "NVIDIA H200" and found["temperature.gpu"] == "31"
+    smi.write_text("#!/bin/sh\nexit 6\n")
+    assert "driver" not in report.machine()
+
+
 SHAPES = ["--shape", "64,128,64", "--shape", "32,48,64", "--rounds", "2"]
 
 
