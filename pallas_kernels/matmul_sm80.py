@@ -21,7 +21,7 @@ Any M, N and K: an operand that does not fill whole tiles is copied and padded w
 zeros, and D is cut. Runs wherever `mma.sp` does, capability 8.0 and later; from 9.0 on
 Mosaic copies by TMA instead of cp.async. Needs jax 0.11.1, which first had Ampere.
 
-Not yet run on a GPU. It compiles for sm_80, sm_86 and sm_90a; its body is interpreted
+Not yet run on a GPU. It compiles for sm_80, 86, 90a and 120a; its body is interpreted
 with race detection, for which jax takes the path by TMA; and what it does to registers,
 from Mosaic's layouts to the operands of the instruction, is emulated lane by lane.
 """

@@ -33,6 +33,8 @@ needs_compiler = pytest.mark.skipif(
     ahead_of_time.missing() is not None, reason=str(ahead_of_time.missing())
 )
 
+RTX5090 = Target("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376)
+
 FORMS = gemm_suite.FORMS
 SMALLEST = SM80Config(block_m=64, block_n=64, block_k=64, stages=2)
 
@@ -96,6 +98,13 @@ def test_float16_of_normal_numbers(rng, activation, gemm_atol):
         with_bias=True,
         atol=atol,
     )
+
+
+@needs_ampere
+def test_a_stage_that_is_overwritten_while_it_is_read_is_found(rng, monkeypatch):
+    monkeypatch.setattr(ptx, "release_smem", lambda: None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="has a race"):
+        gemm_suite.check(interpreted(), rng, 64, 64, 320)
 
 
 @needs_ampere
@@ -315,7 +324,12 @@ def largest(target: Target) -> SM80Config:
 @needs_compiler
 @pytest.mark.parametrize(
     "target",
-    [A100, pytest.param(RTX3090, marks=pytest.mark.slow), H200],
+    [
+        A100,
+        H200,
+        pytest.param(RTX3090, marks=pytest.mark.slow),
+        pytest.param(RTX5090, marks=pytest.mark.slow),
+    ],
     ids=lambda target: target.arch,
 )
 def test_compiles_with_no_gpu(target):
@@ -323,8 +337,9 @@ def test_compiles_with_no_gpu(target):
     assert_good(kernel)
     assert "ldmatrix.sync.aligned.m8n8.x4.shared" in kernel.ptx
     assert "movmatrix.sync.aligned.m8n8.trans" in kernel.ptx
-    copies = "cp.async.bulk.tensor" if target is H200 else "cp.async.cg.shared.global"
-    assert copies in kernel.ptx
+    by_tma = target.capability >= (9, 0)
+    assert ("cp.async.bulk.tensor" in kernel.ptx) == by_tma
+    assert ("cp.async.cg.shared.global" in kernel.ptx) != by_tma
 
 
 @needs_ampere
