@@ -107,6 +107,7 @@ def test_heuristics_choose_what_their_comments_say():
     assert heuristic_sm80(4096, 4096, 64).block_n == 128
     assert heuristic_sm80(256, 256, 4096).block_n == 64
     assert heuristic_sm80(4096, 4096, 4096, 99 * KB).stages == 4
+    assert 2 * heuristic_sm80(4096, 4096, 4096).shared_memory <= 163 * KB
     assert heuristic_sm100(4096, 16384, 4096).block_n == 256
     assert heuristic_sm100(512, 512, 4096).block_n == 128
 
