@@ -69,6 +69,12 @@ def _unsupported(a: NMCompressed, form: Form) -> str | None:
     out_dtype = jnp.dtype(form.out_dtype)
     if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"writes bfloat16, float16 or float32, not {out_dtype}"
+    needed = ptx.TRANSPOSED_FLOAT32_SINCE
+    if out_dtype == jnp.float32 and form.out_is_nm and ptx.JAX_VERSION < needed:
+        needed = ".".join(map(str, needed))
+        return (
+            f"float32 written as (N, M) needs jax {needed}, this is {jax.__version__}"
+        )
     return None
 
 

@@ -45,6 +45,9 @@ JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
 # Mosaic lowers for Ampere (cp.async, no elect.sync) from this version on.
 AMPERE_SINCE = (0, 11, 1)
 
+# Mosaic stores 32 bits transposed, one element at a time, from this version on.
+TRANSPOSED_FLOAT32_SINCE = (0, 11)
+
 # An accumulator that instructions in flight may write: reading it takes `wgmma_wait`.
 WGMMA_ACC = plgpu.Layout._WGMMA_ACC_32BIT
 WGMMA = plgpu.Layout.WGMMA

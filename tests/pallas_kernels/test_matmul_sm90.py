@@ -389,6 +389,8 @@ def test_compiles_with_no_gpu(config):
 def test_every_layout_compiles(form, out_dtype):
     form = dataclasses.replace(form, activation="gelu", out_dtype=out_dtype)
     dtype = jnp.float16 if out_dtype == jnp.float16 else jnp.bfloat16
+    if reason := matmul_sm90._unsupported(small(dtype), form):
+        pytest.skip(reason)
     kernel = compiled(form, SM90Config(128, 128, 64, stages=4), dtype=dtype)
     assert f".f32.{'f16.f16' if dtype == jnp.float16 else 'bf16.bf16'}" in kernel.ptx
     # 16 bits take stmatrix and the hardware's tanh.
@@ -446,6 +448,9 @@ def test_unavailable_says_why(monkeypatch):
         small(jnp.float32)
     )
     assert "not int32" in reason(form=Form(out_dtype=jnp.int32))
+    monkeypatch.setattr(ptx, "JAX_VERSION", (0, 10, 2))
+    assert reason() is None
+    assert "as (N, M) needs jax 0.11" in reason(form=Form(out_dtype=jnp.float32))
 
 
 def test_operands_that_it_does_not_take_raise():
