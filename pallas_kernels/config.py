@@ -138,6 +138,11 @@ class SM90Config:
                 f"{self.block_n}"
             )
         _check_stages(self)
+        if self.a_from == "shared" and self.stages < 2:
+            raise ValueError(
+                f"{self}: stages = {self.stages}, but with A from shared memory the "
+                "products of two steps are under way at a time: take 2 or more"
+            )
         # setmaxnreg leaves 232 to a thread that multiplies; 32 are for addresses, the
         # loop and the epilogue. Every tile up to this compiles without spills.
         _check_registers(self, limit=200)

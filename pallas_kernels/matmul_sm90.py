@@ -103,7 +103,6 @@ def gemm(
     Raises:
       NotImplementedError: This is no Hopper, or the operands are none that the
         instruction takes.
-      ValueError: `config` has one stage, and A comes from shared memory.
     """
     reason = unavailable(a, b, form) if interpret is None else _unsupported(a, form)
     if reason:
@@ -114,11 +113,6 @@ def gemm(
     if 0 in (m, n, k):
         return reference.gemm(a, b, bias, form)  # there is nothing to multiply
     config = config or heuristic_sm90(m, n, k)
-    if config.a_from == "shared" and config.stages < 2:
-        raise ValueError(
-            f"{config}: stages = {config.stages}, but with A from shared memory the "
-            "products of two steps are under way at a time: take 2 or more"
-        )
     # Interpreted, two clusters: each makes several tiles.
     clusters = 2
     if interpret is None:

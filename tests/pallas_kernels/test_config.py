@@ -72,6 +72,7 @@ def test_the_bound_of_shared_memory(tile, a_from, bound):
         (SM90Config, (128, 64, 64, 2, 1, 128), "epilogue_n = 128 does not divide"),
         (SM90Config, (128, 64, 64, 2, 1, 64, "memory"), "a_from = 'memory'"),
         (SM90Config, (256, 256, 64, 2), "258 registers .* 200"),
+        (SM90Config, (128, 128, 64, 1), "stages = 1, but with A from shared memory"),
         (SM90Config, (128, 256, 64, 5), "243712 bytes .* 232448 .* lower stages"),
         (SM100Config, (64, 128, 128, 2), r"block_m = 64, expected one of \(128,\)"),
         (SM100Config, (128, 128, 64, 2), "block_k = 64"),

@@ -121,13 +121,6 @@ def test_float16_of_normal_numbers(rng, activation, config, gemm_atol):
     check_tiles(rng, config, tiles, form=form, **kwargs)
 
 
-def test_one_stage_cannot_hold_two_steps():
-    config = dataclasses.replace(SHARED, stages=1)
-    b = jnp.ones((4, 64), jnp.bfloat16)
-    with pytest.raises(ValueError, match="stages = 1, but with A from shared memory"):
-        interpreted(config)(small(), b, None, Form())
-
-
 def test_nothing_to_multiply():
     w = jnp.zeros((16, 0), jnp.bfloat16)
     a = compress(w, jnp.ones(w.shape, bool), axis=-1)
