@@ -57,8 +57,6 @@ def unavailable() -> str | None:
         return (
             f"compiles for Ampere and Ada from jax {since}, this is {jax.__version__}"
         )
-    if ptx.JAX_VERSION < (0, 11):
-        return f"needs jax 0.11, this is {jax.__version__}"
     return None
 
 

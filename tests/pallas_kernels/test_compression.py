@@ -299,6 +299,15 @@ def test_kernel_compiles_with_wide_loads_and_no_spills(target, name, dtype):
     assert result.registers() <= registers
 
 
+@pytest.mark.parametrize("name", ["rows", "columns", "tiles"])
+def test_kernel_lowers_on_every_jax(name):
+    kernel, options, *_ = KERNELS[name, "bfloat16"]
+    run = jax.jit(functools.partial(kernel, dtype=jnp.bfloat16, **options))
+    traced = run.trace(jax.ShapeDtypeStruct((256, 256), jnp.bfloat16))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text and f"nm_compress_{name}" in text
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mosaic", "triton"])
 class TestOnGPU:
