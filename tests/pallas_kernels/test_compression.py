@@ -299,13 +299,17 @@ def test_kernel_compiles_with_wide_loads_and_no_spills(target, name, dtype):
     assert result.registers() <= registers
 
 
-@pytest.mark.parametrize("name", ["rows", "columns", "tiles"])
-def test_kernel_lowers_on_every_jax(name):
-    kernel, options, *_ = KERNELS[name, "bfloat16"]
-    run = jax.jit(functools.partial(kernel, dtype=jnp.bfloat16, **options))
-    traced = run.trace(jax.ShapeDtypeStruct((256, 256), jnp.bfloat16))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" in text and f"nm_compress_{name}" in text
+def test_what_kernels_need_is_said(monkeypatch):
+    def reason(capability, version):
+        monkeypatch.setattr(ptx, "capability", lambda: capability)
+        monkeypatch.setattr(ptx, "JAX_VERSION", version)
+        return compression_mosaic.unavailable()
+
+    assert reason((9, 0), (0, 11, 2)) is None
+    assert reason((8, 0), (0, 11, 2)) is None
+    assert reason((7, 5), (0, 11, 2)).startswith("needs compute capability 8.0")
+    assert reason((8, 0), (0, 10, 2)).startswith("compiles for Ampere and Ada from")
+    assert reason((9, 0), (0, 10, 2)).startswith("needs jax 0.11")
 
 
 @pytest.mark.gpu
