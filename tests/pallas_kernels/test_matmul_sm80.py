@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.mosaic import gpu as mgpu
 
 import nmjax
-from pallas_kernels import NMCompressed, compress, matmul_sm80, nm_matmul, ptx
+from pallas_kernels import NMCompressed, compress, matmul_sm80, mma, nm_matmul, ptx
 from pallas_kernels.config import (
     SM80Config,
     heuristic_sm80,
@@ -204,22 +204,22 @@ def numbers_in_registers(monkeypatch):
     doubles = {
         "_mma_sp_instruction": instruction,
         "_movmatrix": movmatrix,
-        "_words": list,
-        "_scalars": lambda registers: [
+        "words": list,
+        "scalars": lambda registers: [
             register[:, i : i + 1]
             for register in registers
             for i in range(register.shape[1])
         ],
-        "_vector": lambda scalars: np.concatenate(scalars, axis=1),
-        "_as_array": _as_array,
+        "joined": lambda scalars: np.concatenate(scalars, axis=1),
+        "as_array": _as_array,
     }
     for name, double in doubles.items():
-        monkeypatch.setattr(ptx, name, double)
-    monkeypatch.setattr(ptx.fa, "FragmentedArray", Fragments)
+        monkeypatch.setattr(mma if name.startswith("_") else ptx, name, double)
+    monkeypatch.setattr(mma.fa, "FragmentedArray", Fragments)
     utils = types.SimpleNamespace(
         c=lambda value, _: value, bitwidth={"bf16": 16, "f32": 32}.get
     )
-    monkeypatch.setattr(ptx, "utils", utils)
+    monkeypatch.setattr(mma, "utils", utils)
     return monkeypatch
 
 
@@ -237,7 +237,7 @@ def multiplied(rng, m_warps: int) -> tuple[np.ndarray, np.ndarray]:
     b = rng.integers(-8, 9, (k, n)).astype(np.float32)
     mask = np.asarray(nmjax.magnitude_mask(w, "2:4", axis=-1))
     a = compress(jnp.asarray(w), jnp.asarray(mask), axis=-1)
-    out = ptx._mma_sp(
+    out = mma._mma_sp(
         Fragments.of(np.ones((m, n)), layouts.acc),
         Fragments.of(np.asarray(a.values), layouts.lhs),
         Fragments.of(b, layouts.rhs),
@@ -260,7 +260,7 @@ def test_the_registers_and_selectors_that_the_kernel_gives_to_the_instruction(
 @needs_ampere
 @pytest.mark.parametrize("fault", ["selector", "halves of B", "halves of a word"])
 def test_a_wrong_register_gives_another_product(rng, fault, numbers_in_registers):
-    correct = ptx._mma_sp_instruction
+    correct = mma._mma_sp_instruction
 
     def faulty(acc, a, b, word, *, selector, dtype):
         if fault == "selector":
@@ -271,7 +271,7 @@ def test_a_wrong_register_gives_another_product(rng, fault, numbers_in_registers
             word = np.stack([word.view(np.int16)[:, ::-1]]).view(np.int32)[0]
         return correct(acc, a, b, word, selector=selector, dtype=dtype)
 
-    numbers_in_registers.setattr(ptx, "_mma_sp_instruction", faulty)
+    numbers_in_registers.setattr(mma, "_mma_sp_instruction", faulty)
     actual, expected = multiplied(rng, m_warps=2)
     assert np.mean(actual != expected) > 0.5
 
@@ -285,7 +285,7 @@ def test_the_transpose_of_a_tile_in_registers(m_warps, dtype, numbers_in_registe
     x = np.arange(m * n).reshape(m, n)
     tile = Fragments.of(x, layout)
     tile.mlir_dtype = dtype
-    out = ptx._transpose_acc(tile, m_warps=m_warps)
+    out = mma._transpose_acc(tile, m_warps=m_warps)
     assert out.shape == (n, m)
     expected = registers(out.layout, np.ascontiguousarray(x.T))
     np.testing.assert_array_equal(out.contents(), expected)

@@ -13,7 +13,14 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import nmjax
-from pallas_kernels import NMCompressed, compress, matmul_sm90, nm_matmul, ptx
+from pallas_kernels import (
+    NMCompressed,
+    compress,
+    matmul_sm90,
+    nm_matmul,
+    ptx,
+    wgmma,
+)
 from pallas_kernels.config import SM90Config, heuristic_sm90
 from pallas_kernels.reference import Form
 from tests.pallas_kernels import ahead_of_time, emulator, gemm_suite
@@ -147,7 +154,7 @@ def test_a_race_in_the_pipeline_is_found(
         monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
     else:
         waits = []  # done only when the stage has been let go
-        wait, arrive = ptx.wgmma_wait, plgpu.barrier_arrive
+        wait, arrive = wgmma.wgmma_wait, plgpu.barrier_arrive
 
         def postpone(acc, *rest):
             waits.append((acc, *rest))
@@ -157,7 +164,7 @@ def test_a_race_in_the_pipeline_is_found(
             arrive(barrier)
             wait(*waits.pop())
 
-        monkeypatch.setattr(ptx, "wgmma_wait", postpone)
+        monkeypatch.setattr(wgmma, "wgmma_wait", postpone)
         monkeypatch.setattr(plgpu, "barrier_arrive", arrive_before_waiting)
     with pytest.raises(jax.errors.JaxRuntimeError, match="has a race"):
         check_tiles(rng, config, (1, 1, 5))
@@ -167,14 +174,14 @@ def test_a_race_in_the_pipeline_is_found(
 def test_swapped_halves_of_a_word_give_another_product(
     rng, monkeypatch, without_caches
 ):
-    correct = ptx.fragments
+    correct = wgmma.fragments
 
     def swapped(a):
         values, metadata = correct(a)
         halves = jax.lax.bitcast_convert_type(metadata, jnp.int16)
         return values, jax.lax.bitcast_convert_type(halves[..., ::-1], jnp.int32)
 
-    monkeypatch.setattr(ptx, "fragments", swapped)
+    monkeypatch.setattr(wgmma, "fragments", swapped)
     with pytest.raises(AssertionError, match="Mismatched elements"):
         check_tiles(rng, REGISTERS, (1, 1, 1))
 
@@ -187,7 +194,7 @@ def test_a_from_registers_by_the_emulator(rng, fault):
     b = rng.integers(-8, 9, (k, n)).astype(np.float32)
     mask = np.asarray(nmjax.magnitude_mask(w, "2:4", axis=-1))
     a = compress(jnp.asarray(w), jnp.asarray(mask), axis=-1)
-    values, words = (np.asarray(x) for x in ptx.fragments(a))
+    values, words = (np.asarray(x) for x in wgmma.fragments(a))
     for i in range(m // 64):
         acc = np.zeros((128, n // 2))
         for step in range(k // 32):
@@ -220,8 +227,8 @@ class Issued:
 def issue(monkeypatch, m: int, n: int, k: int, b_is_nk: bool) -> Issued:
     """Lowers one `wgmma_sp` with A in shared memory; needs no GPU's compiler."""
     issued = Issued([], [], [], [])
-    encode, descriptor = ptx.mma_utils.encode_descriptor, ptx._descriptor
-    instruction = ptx._wgmma_sp_instruction
+    encode, descriptor = wgmma.mma_utils.encode_descriptor, wgmma._descriptor
+    instruction = wgmma._wgmma_sp_instruction
 
     def record_encode(ref, **fields):
         issued.matrices.append(fields)
@@ -236,16 +243,16 @@ def issue(monkeypatch, m: int, n: int, k: int, b_is_nk: bool) -> Issued:
         issued.flags.append(static["flags"])
         return instruction(*operands, **static)
 
-    monkeypatch.setattr(ptx.mma_utils, "encode_descriptor", record_encode)
-    monkeypatch.setattr(ptx, "_descriptor", record_descriptor)
-    monkeypatch.setattr(ptx, "_wgmma_sp_instruction", record_instruction)
+    monkeypatch.setattr(wgmma.mma_utils, "encode_descriptor", record_encode)
+    monkeypatch.setattr(wgmma, "_descriptor", record_descriptor)
+    monkeypatch.setattr(wgmma, "_wgmma_sp_instruction", record_instruction)
 
     def body(words_gmem, out_gmem, a_smem, b_smem):
-        acc = plgpu.layout_cast(jnp.zeros((m, n), jnp.float32), ptx.WGMMA_ACC)
+        acc = plgpu.layout_cast(jnp.zeros((m, n), jnp.float32), wgmma.WGMMA_ACC)
         words = ptx.load(words_gmem, ptx.metadata_layout())
-        acc = ptx.wgmma_sp(acc, a_smem, words, b_smem, b_is_nk=b_is_nk)
-        acc = ptx.wgmma_wait(acc, 0, (a_smem, b_smem))
-        out_gmem[...] = plgpu.layout_cast(acc, ptx.WGMMA)
+        acc = wgmma.wgmma_sp(acc, a_smem, words, b_smem, b_is_nk=b_is_nk)
+        acc = wgmma.wgmma_wait(acc, 0, (a_smem, b_smem))
+        out_gmem[...] = plgpu.layout_cast(acc, wgmma.WGMMA)
 
     def smem(*shape):
         transforms = ptx.swizzled(shape[-1], jnp.bfloat16)
