@@ -57,6 +57,7 @@ def unavailable() -> str | None:
         return (
             f"compiles for Ampere and Ada from jax {since}, this is {jax.__version__}"
         )
+    # Before, Mosaic refuses parts of some shapes: those that are contiguous in memory.
     if ptx.JAX_VERSION < (0, 11):
         return f"needs jax 0.11, this is {jax.__version__}"
     return None

@@ -138,6 +138,11 @@ class SM90Config:
                 f"{self.block_n}"
             )
         _check_stages(self)
+        if self.a_from == "shared" and self.stages < 2:
+            raise ValueError(
+                f"{self}: stages = {self.stages}, but with A from shared memory the "
+                "products of two steps are under way at a time: take 2 or more"
+            )
         # setmaxnreg leaves 232 to a thread that multiplies; 32 are for addresses, the
         # loop and the epilogue. Every tile up to this compiles without spills.
         _check_registers(self, limit=200)
@@ -251,9 +256,11 @@ def heuristic_sm80(
     # Steps of 64 halve the operands in registers, which at 128 x 128 are all taken.
     # Two warps along M: one along M would load twice the A, four spill.
     tile = {"block_m": 128, "block_n": block_n, "block_k": 64, "m_warps": 2}
-    # Four steps, 96 KB at most, hide the latency of device memory behind the products
-    # of the others, and fit wherever the kernel runs.
-    most = min(4, max(2, _tiles(k, 64)))
+    # Three steps of 24 KB let two blocks share a multiprocessor of 163 KB, so that the
+    # products of one hide the latency of the other. Where 99 KB hold one block alone,
+    # a fourth step has to.
+    steps = 3 if shared_memory >= 2 * 3 * 24 * 1024 else 4
+    most = min(steps, max(2, _tiles(k, 64)))
     return with_most_stages(SM80Config, tile, most=most, shared_memory=shared_memory)
 
 

@@ -21,7 +21,7 @@ Any M, N and K: an operand that does not fill whole tiles is copied and padded w
 zeros, and D is cut. Runs wherever `mma.sp` does, capability 8.0 and later; from 9.0 on
 Mosaic copies by TMA instead of cp.async. Needs jax 0.11.1, which first had Ampere.
 
-Not yet run on a GPU. It compiles for sm_80, sm_86 and sm_90a; its body is interpreted
+Not yet run on a GPU. It compiles for sm_80, 86, 90a and 120a; its body is interpreted
 with race detection, for which jax takes the path by TMA; and what it does to registers,
 from Mosaic's layouts to the operands of the instruction, is emulated lane by lane.
 """
@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ptx, reference
+from pallas_kernels import mma, ptx, reference
 from pallas_kernels.config import SM80Config, heuristic_sm80, shared_memory_limit
 from pallas_kernels.format import NMCompressed, pad
 from pallas_kernels.reference import ACTIVATIONS, Form
@@ -154,7 +154,7 @@ def _body(values_gmem, words_gmem, b_gmem, *rest, config, form, tiles):
     *bias_gmem, out_gmem = rest
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     dtype, m_warps = values_gmem.dtype, config.m_warps
-    lhs, rhs, acc_layout = ptx.mma_layouts(dtype, m_warps)
+    lhs, rhs, acc_layout = mma.mma_layouts(dtype, m_warps)
     i, j = plgpu.planar_snake(lax.axis_index("tile"), tiles, 0, _GRID_WIDTH)
     steps = values_gmem.shape[1] // (block_k // 2)
 
@@ -170,7 +170,7 @@ def _body(values_gmem, words_gmem, b_gmem, *rest, config, form, tiles):
         following = load_words(jnp.minimum(step + 1, steps - 1))
         b_kn = b_smem if form.b_is_kn else b_smem.T
         a, b = ptx.load(values_smem, lhs), ptx.load(b_kn, rhs)
-        acc = ptx.mma_sp(acc, a, b, words, m_warps=m_warps)
+        acc = mma.mma_sp(acc, a, b, words, m_warps=m_warps)
         ptx.release_smem()
         return acc, following
 
@@ -199,7 +199,7 @@ def _body(values_gmem, words_gmem, b_gmem, *rest, config, form, tiles):
         acc += plgpu.layout_cast(vector, acc_layout)
     out = ACTIVATIONS[form.activation](acc).astype(form.out_dtype)
     if form.out_is_nm:
-        out, rows, columns = ptx.transpose_acc(out, m_warps=m_warps), columns, rows
+        out, rows, columns = mma.transpose_acc(out, m_warps=m_warps), columns, rows
     out_gmem = out_gmem.at[rows, columns]
     if out.dtype.itemsize == 4:
         out_gmem[...] = out

@@ -12,7 +12,7 @@ B always lies in shared memory; the blocks of a cluster have one B, and each fet
 part for all. A comes from where the Config says:
 
     shared       values and metadata as `format.py` stores them, TMA copies both
-    registers    in the order of the registers (`ptx.fragments`, one more pass over A);
+    registers    in the order of the registers (`wgmma.fragments`, a pass over A more);
                  each thread loads its own, a step ahead. Every 64 rows of A read all of
                  B from shared memory, whose bandwidth is the limit: A then takes none
 
@@ -37,7 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ptx, reference
+from pallas_kernels import ptx, reference, wgmma
 from pallas_kernels.config import SM90Config, heuristic_sm90
 from pallas_kernels.format import NMCompressed, pad
 from pallas_kernels.reference import ACTIVATIONS, Form
@@ -69,6 +69,12 @@ def _unsupported(a: NMCompressed, form: Form) -> str | None:
     out_dtype = jnp.dtype(form.out_dtype)
     if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"writes bfloat16, float16 or float32, not {out_dtype}"
+    needed = wgmma.TRANSPOSED_FLOAT32_SINCE
+    if out_dtype == jnp.float32 and form.out_is_nm and ptx.JAX_VERSION < needed:
+        needed = ".".join(map(str, needed))
+        return (
+            f"float32 written as (N, M) needs jax {needed}, this is {jax.__version__}"
+        )
     return None
 
 
@@ -123,7 +129,7 @@ def _gemm(a, b, bias, form: Form, config: SM90Config, clusters: int, interpret):
     b_smem, *a_smem = scratch["operands_smem"]
     padded = pad(a, rows=config.block_m * config.cluster_m, k=config.block_k)
     if config.a_from == "registers":
-        values, metadata = ptx.fragments(padded)
+        values, metadata = wgmma.fragments(padded)
     else:
         # Of the padded matrix the metadata, which have to be legal beyond the edge too;
         # XLA drops what is not used.
@@ -269,7 +275,7 @@ def _kernel(
             s = stage(step)
             plgpu.barrier_wait(full.at[s])
             words = ptx.load(metadata_smem.at[s, word_rows], ptx.metadata_layout())
-            return ptx.wgmma_sp(
+            return wgmma.wgmma_sp(
                 acc,
                 values_smem.at[s, rows],
                 words,
@@ -277,10 +283,12 @@ def _kernel(
                 b_is_nk=not form.b_is_kn,
             )
 
+        # One thread lets go of a stage for its warpgroup. Products end when all four
+        # warps have issued them, hence have loaded their metadata.
         def finish(step, acc, pending):
             s = stage(step)
             finished = values_smem.at[s, rows], b_smem.at[s]
-            acc = ptx.wgmma_wait(acc, pending, finished)
+            acc = wgmma.wgmma_wait(acc, pending, finished)
             plgpu.barrier_arrive(empty.at[s])
             return acc
 
@@ -301,8 +309,8 @@ def _kernel(
             ]
 
         def fragments(i):
-            values = load(a_gmem, ptx.FRAGMENT, block_k // 32, i)
-            words = load(metadata_gmem, ptx.FRAGMENT_METADATA, block_k // 64, i)
+            values = load(a_gmem, wgmma.FRAGMENT, block_k // 32, i)
+            words = load(metadata_gmem, wgmma.FRAGMENT_METADATA, block_k // 64, i)
             return values, words
 
         def step(i, carry):
@@ -311,8 +319,8 @@ def _kernel(
             s = stage(first + i)
             plgpu.barrier_wait(full.at[s])
             b = b_smem.at[s]
-            acc = ptx.wgmma_sp(acc, values, words, b, b_is_nk=not form.b_is_kn)
-            acc = ptx.wgmma_wait(acc, 0, [b])
+            acc = wgmma.wgmma_sp(acc, values, words, b, b_is_nk=not form.b_is_kn)
+            acc = wgmma.wgmma_wait(acc, 0, [b])
             plgpu.barrier_arrive(empty.at[s])
             return acc, *ahead
 
@@ -321,20 +329,20 @@ def _kernel(
 
     def zeros():
         acc = jnp.zeros((half, block_n), jnp.float32)
-        return plgpu.layout_cast(acc, ptx.WGMMA_ACC)
+        return plgpu.layout_cast(acc, wgmma.WGMMA_ACC)
 
     def write(acc, row, column):
-        acc = plgpu.layout_cast(acc, ptx.WGMMA)
+        acc = plgpu.layout_cast(acc, wgmma.WGMMA)
         rows = pl.ds(row * block_m + warpgroup * half, half)
         width = _slice_width(form, config)
         bias = None
         if bias_gmem and form.bias_along_m:
-            bias = ptx.load(bias_gmem[0].at[rows], ptx.WGMMA.reduce(1))
+            bias = ptx.load(bias_gmem[0].at[rows], wgmma.WGMMA.reduce(1))
         for j in range(0, block_n, width):
             columns = pl.ds(column * block_n + j, width)
             part = acc[:, j : j + width]
             if bias_gmem and not form.bias_along_m:
-                bias = ptx.load(bias_gmem[0].at[columns], ptx.WGMMA.reduce(0))
+                bias = ptx.load(bias_gmem[0].at[columns], wgmma.WGMMA.reduce(0))
             if bias is not None:
                 axis = 0 if form.bias_along_m else 1
                 part += lax.broadcast_in_dim(bias, part.shape, (axis,))
@@ -343,7 +351,7 @@ def _kernel(
             plgpu.wait_smem_to_gmem(1 if j else 0, wait_read_only=True)
             target = d_smem.at[warpgroup, j // width % 2]
             if form.out_is_nm:
-                ptx.store_transposed(target, part)
+                wgmma.store_transposed(target, part)
                 window = columns, rows
             else:
                 target[...] = part

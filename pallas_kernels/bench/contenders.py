@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.stages import Compiled, Lowered
 
 from pallas_kernels import dispatch, reference
 from pallas_kernels.bench.products import Product
@@ -31,10 +32,6 @@ TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3}
 # Larger than any L2 several times over, and few enough sets to compile fast.
 _ROTATED_BYTES = 512 * 2**20
 _MOST_SETS = 16
-
-# XLA may replay small executables as one CUDA graph, whose products can overlap: here
-# each product is to have the device for itself.
-_COMPILER_OPTIONS = {"xla_gpu_graph_min_graph_size": 10**6}
 
 
 class WrongResult(Exception):
@@ -71,12 +68,14 @@ class Race:
         self._sparse = [(a24, b) for _, a24, b in made]
         self._tolerance = TOLERANCE[dtype] * product.k**0.5
         exact = functools.partial(self._dense_product, accumulator=jnp.float32)
-        self._oracle = self._contender("oracle", exact, self._dense).run()
-        self.dense = self._contender("dense", self._dense_product, self._dense)
+        oracle = compile_alone(_lowered(exact, self._dense))
+        self._oracle = _contender("oracle", oracle, self._dense).run()
+        dense = compile_alone(_lowered(self._dense_product, self._dense))
+        self.dense = _contender("dense", dense, self._dense)
         self._judge("jnp.dot", self.dense.run())
 
-    def sparse(self, implementation: str, config: Config | None = None) -> Contender:
-        """A kernel of this package, or "reference", judged.
+    def lowered(self, implementation: str, config: Config | None = None) -> Lowered:
+        """The executable of a kernel, or of "reference", before it is compiled.
 
         Args:
           implementation: "sm80", "sm90", "sm100" or "reference".
@@ -84,7 +83,6 @@ class Race:
 
         Raises:
           NotImplementedError: The kernel cannot run here, with its reason.
-          WrongResult: It ran, and its result is not the oracle's.
         """
         gemm = reference.gemm
         if implementation != "reference":
@@ -95,11 +93,22 @@ class Race:
             gemm = kernel.gemm
             if config is not None:
                 gemm = functools.partial(gemm, config=config)
-        contender = self._contender(
-            implementation, lambda a, b: gemm(a, b, None, self.form), self._sparse
-        )
-        self._judge(implementation, contender.run())
+        return _lowered(lambda a, b: gemm(a, b, None, self.form), self._sparse)
+
+    def judged(self, name: str, compiled: Compiled) -> Contender:
+        """A contender of what `lowered` became.
+
+        Raises:
+          WrongResult: Its result is not the oracle's.
+        """
+        contender = _contender(name, compiled, self._sparse)
+        self._judge(name, contender.run())
         return contender
+
+    def sparse(self, implementation: str) -> Contender:
+        """A kernel of this package, or "reference": lowered, compiled, judged."""
+        lowered = self.lowered(implementation)
+        return self.judged(implementation, compile_alone(lowered))
 
     def cusparselt(self) -> Contender:
         """The product of NVIDIA's library through torch, its algorithm searched for.
@@ -147,15 +156,6 @@ class Race:
         )
         return out.astype(self.form.out_dtype)
 
-    def _contender(self, name: str, product: Any, sets: Sequence) -> Contender:
-        arrays, tree = jax.tree.flatten(sets)  # flat arguments are the fastest to pass
-
-        @functools.partial(jax.jit, compiler_options=_COMPILER_OPTIONS)
-        def run(*arrays):
-            return [product(*operands) for operands in tree.unflatten(arrays)]
-
-        return Contender(name, lambda: run(*arrays), len(sets))
-
     def _judge(self, name: str, results: Sequence[jax.Array]) -> None:
         for result, expected in zip(results, self._oracle, strict=True):
             if result.shape != expected.shape or result.dtype != expected.dtype:
@@ -168,6 +168,30 @@ class Race:
                 raise WrongResult(
                     f"{name} is off by {error:.3g}, more than {self._tolerance:.3g}"
                 )
+
+
+def _lowered(product: Any, sets: Sequence) -> Lowered:
+    """One executable of the product of every set, one after another."""
+    arrays, tree = jax.tree.flatten(sets)  # flat arguments are the fastest to pass
+
+    def run(*arrays):
+        return [product(*operands) for operands in tree.unflatten(arrays)]
+
+    return jax.jit(run).lower(*arrays)
+
+
+def compile_alone(lowered: Lowered) -> Compiled:
+    """Compiles so that each product has the device for itself.
+
+    XLA may replay small executables as one CUDA graph, whose products can overlap.
+    """
+    options: dict[str, str | bool] = {"xla_gpu_graph_min_graph_size": str(10**6)}
+    return lowered.compile(options)
+
+
+def _contender(name: str, compiled: Compiled, sets: Sequence) -> Contender:
+    arrays = jax.tree.leaves(sets)
+    return Contender(name, lambda: compiled(*arrays), len(sets))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

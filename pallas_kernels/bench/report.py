@@ -19,9 +19,10 @@ from pallas_kernels.devices import DataSheet
 
 NO_GPU = "No GPU measurement: "
 
-_SMI = (
-    *("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw"),
-    *("power.limit", "temperature.gpu", "clocks_event_reasons.active"),
+# Of nvidia-smi.
+_STATE = (
+    *("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem"),
+    *("power.draw", "power.limit", "temperature.gpu"),
 )
 
 
@@ -113,12 +114,11 @@ def machine() -> dict[str, Any]:
     }
     smi = shutil.which("nvidia-smi")
     if device.platform in ("gpu", "cuda") and smi:
-        command = [smi, f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader"]
+        command = [smi, f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader"]
         answer = subprocess.run(command, capture_output=True, text=True)
-        values = answer.stdout.splitlines()[0].split(", ") if answer.stdout else []
-        if answer.returncode == 0 and len(values) == len(_SMI):
-            names = ("driver", *_SMI[1:])
-            found |= dict(zip(names, map(str.strip, values), strict=True))
+        if answer.returncode == 0:
+            values = map(str.strip, answer.stdout.splitlines()[0].split(","))
+            found |= dict(zip(("driver", *_STATE[1:]), values, strict=True))
     return found
 
 

@@ -10,7 +10,7 @@ from pallas_kernels.config import CONFIGS, Architecture, with_most_stages
 def search_space(
     architecture: Architecture, shared_memory: int | None = None
 ) -> list[Any]:
-    """Every Config that a tuning run tries: all valid, for the longest pipelines.
+    """Every Config that a tuning run tries, with as many stages as fit.
 
     Args:
       architecture: "sm80", "sm90" or "sm100".
@@ -29,7 +29,6 @@ def search_space(
             "block_k": (64, 128),
             "cluster_m": (1, 2, 4),
             "a_from": ("shared", "registers"),
-            "grid_width": (1, 8),
         },
         "sm100": {
             "tile": ((128, 64), (128, 128), (128, 192), (128, 256)),
@@ -50,6 +49,7 @@ def search_space(
         if longest.stages < 2:  # nothing is loaded while it multiplies
             continue
         found.append(longest)
-        if longest.stages > 2:  # fewer steps may leave room for a second block
+        # Fewer stages leave room for a second block, where blocks are not persistent.
+        if architecture == "sm80" and longest.stages > 2:
             found.append(dataclasses.replace(longest, stages=longest.stages // 2 + 1))
     return found

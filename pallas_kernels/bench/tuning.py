@@ -1,9 +1,13 @@
 """A race of Configs, whose winner races the dense product and is written down."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from pallas_kernels.bench.contenders import Race, WrongResult
+import jax
+
+from pallas_kernels.bench.contenders import Race, WrongResult, compile_alone
 from pallas_kernels.bench.products import Product
 from pallas_kernels.bench.search import search_space
 from pallas_kernels.bench.timing import Contender, quartiles, race
@@ -68,16 +72,19 @@ def tune(
     Returns:
       The measurement, and what went wrong.
     """
-    entrants = Race(product, dtype, sets=sets)
+    try:
+        entrants = Race(product, dtype, sets=sets)
+    except jax.errors.JaxRuntimeError as error:  # too large for this device
+        return Tuned(None, (), (f"{error}"[:500],))
     wrong, failed = [], []
     best: tuple[float, Config, Contender] | None = None
-    for i, config in enumerate(configs):
+    for i, (config, compiled) in enumerate(_compiled(entrants, kernel, configs)):
+        # Whatever the compiler or the driver says of one Config, the others go on.
         try:
-            contender = entrants.sparse(kernel, config)
+            contender = entrants.judged(kernel, compiled.result())
         except WrongResult as error:
             wrong.append(f"{config}: {error}")
             continue
-        # Whatever the compiler or the driver says of one Config, the others go on.
         except Exception as error:
             failed.append(f"{config}: {type(error).__name__}: {error}"[:500])
             continue
@@ -104,3 +111,20 @@ def tune(
         config=config,
     )
     return Tuned(measurement, tuple(wrong), tuple(failed))
+
+
+def _compiled(
+    entrants: Race, kernel: str, configs: Sequence[Config]
+) -> Iterator[tuple[Config, Future]]:
+    """Lowers one Config after another, while others are compiled, on every core."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = []
+        for config in configs:
+            try:
+                lowered = entrants.lowered(kernel, config)
+                future = pool.submit(compile_alone, lowered)
+            except Exception as error:
+                future = Future()
+                future.set_exception(error)
+            futures.append(future)
+        yield from zip(configs, futures, strict=True)

@@ -54,7 +54,10 @@ B200 = Target("NVIDIA B200", (10, 0), 148, 232_448)
 def missing() -> str | None:
     """Why nothing can be compiled here; None where it can."""
     if not any(importlib.util.find_spec(plugin) for plugin in _PLUGINS):
-        return "needs a CUDA plugin wheel, no GPU: pip install --no-deps -r .ci/gpu-compiler.txt"
+        return (
+            "needs a CUDA plugin wheel, no GPU: "
+            "pip install --no-deps -r .ci/gpu-compiler.txt"
+        )
     if find_binary("ptxas") is None:
         return "needs ptxas: the wheel nvidia-cuda-nvcc"
     return None

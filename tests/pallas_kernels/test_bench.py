@@ -119,6 +119,62 @@ def test_sets_outgrow_any_l2():
     assert -(-contenders._ROTATED_BYTES // large.dense_bytes()) == 6
 
 
+class FakeTensor:
+    """As much of torch's tensors as the race touches, on a jax array."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def t(self):
+        return FakeTensor(self.array.T)
+
+    def contiguous(self):
+        return self
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def fake_torch(scale=1):
+    def product(packed, b, *, alg_id, transpose_result):
+        assert alg_id == 7
+        out = scale * jnp.dot(packed.array, b.array)
+        return FakeTensor(out.T if transpose_result else out)
+
+    return types.SimpleNamespace(
+        from_dlpack=FakeTensor,
+        _cslt_compress=lambda a: a,
+        _cslt_sparse_mm_search=lambda packed, b, transpose_result: 7,
+        _cslt_sparse_mm=product,
+        cuda=types.SimpleNamespace(synchronize=lambda: None),
+    )
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.name)
+def test_cusparselt_gets_each_operand_as_it_should(use, monkeypatch):
+    monkeypatch.setattr(contenders, "_torch_with_cusparselt", fake_torch)
+    product = Product("", use, *use.sizes(48, 64, 32), tokens=48)
+    assert Race(product, "bfloat16", sets=2).cusparselt().products == 2
+
+
+def test_a_wrong_rival_is_a_note(monkeypatch):
+    monkeypatch.setattr(
+        contenders, "_torch_with_cusparselt", lambda: fake_torch(scale=2)
+    )
+    monkeypatch.setattr(contenders, "missing_cusparselt", lambda: None)
+    options = {"rounds": 1, "seconds": 0, "sets": 2}
+    row = contenders.measure(SMALL, "reference", "bfloat16", **options)
+    assert row.status == "ok" and not row.rivals_us
+    assert "cuSPARSELt is off by" in row.notes[0]
+    monkeypatch.setattr(contenders, "_torch_with_cusparselt", fake_torch)
+    row = contenders.measure(SMALL, "reference", "bfloat16", **options)
+    assert row.rivals_us["cuSPARSELt"] > 0 and not row.notes
+    assert len(row.rivals_ratio["cuSPARSELt"]) == 3
+
+
 def broken_kernel(monkeypatch, gemm):
     fake = types.SimpleNamespace(gemm=gemm, unavailable=lambda *_: None)
     monkeypatch.setattr(dispatch, "kernel", lambda name: fake)
@@ -257,6 +313,26 @@ def test_a_compression_that_cannot_run_is_a_row_with_its_reason():
     assert row.status.startswith("cannot run: ") and "needs" in row.status
 
 
+def test_the_state_of_the_gpu_is_recorded(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\n"
+        'test "$1" = --query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,'
+        "power.draw,power.limit,temperature.gpu || exit 2\n"
+        "echo 580.1, 1980 MHz, 1980 MHz, 3201 MHz, 121.5 W, 700.00 W, 31\n"
+        "echo of another GPU\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    gpu = types.SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    found = report.machine()
+    assert found["driver"] == "580.1" and found["power.limit"] == "700.00 W"
+    assert found["device"] == "NVIDIA H200" and found["temperature.gpu"] == "31"
+    smi.write_text("#!/bin/sh\nexit 6\n")
+    assert "driver" not in report.machine()
+
+
 SHAPES = ["--shape", "64,128,64", "--shape", "32,48,64", "--rounds", "2"]
 
 
@@ -378,7 +454,7 @@ def test_tuning_writes_what_dispatch_reads(tunable, capsys):
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_search_space_has_valid_configs_once(architecture):
     configs = search_space(architecture)
-    assert len(configs) == len(set(configs)) > 5
+    assert len(configs) == len(set(configs)) >= 5
     for config in configs:
         assert dataclasses.replace(config) == config  # checks itself again
     limit = shared_memory_limit((8, 9))

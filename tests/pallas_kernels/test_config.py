@@ -72,6 +72,7 @@ def test_the_bound_of_shared_memory(tile, a_from, bound):
         (SM90Config, (128, 64, 64, 2, 1, 128), "epilogue_n = 128 does not divide"),
         (SM90Config, (128, 64, 64, 2, 1, 64, "memory"), "a_from = 'memory'"),
         (SM90Config, (256, 256, 64, 2), "258 registers .* 200"),
+        (SM90Config, (128, 128, 64, 1), "stages = 1, but with A from shared memory"),
         (SM90Config, (128, 256, 64, 5), "243712 bytes .* 232448 .* lower stages"),
         (SM100Config, (64, 128, 128, 2), r"block_m = 64, expected one of \(128,\)"),
         (SM100Config, (128, 128, 64, 2), "block_k = 64"),
@@ -107,6 +108,7 @@ def test_heuristics_choose_what_their_comments_say():
     assert heuristic_sm80(4096, 4096, 64).block_n == 128
     assert heuristic_sm80(256, 256, 4096).block_n == 64
     assert heuristic_sm80(4096, 4096, 4096, 99 * KB).stages == 4
+    assert 2 * heuristic_sm80(4096, 4096, 4096).shared_memory <= 163 * KB
     assert heuristic_sm100(4096, 16384, 4096).block_n == 256
     assert heuristic_sm100(512, 512, 4096).block_n == 128
 

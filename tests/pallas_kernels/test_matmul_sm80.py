@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.mosaic import gpu as mgpu
 
 import nmjax
-from pallas_kernels import NMCompressed, compress, matmul_sm80, nm_matmul, ptx
+from pallas_kernels import NMCompressed, compress, matmul_sm80, mma, nm_matmul, ptx
 from pallas_kernels.config import (
     SM80Config,
     heuristic_sm80,
@@ -32,6 +32,8 @@ needs_ampere = pytest.mark.skipif(
 needs_compiler = pytest.mark.skipif(
     ahead_of_time.missing() is not None, reason=str(ahead_of_time.missing())
 )
+
+RTX5090 = Target("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376)
 
 FORMS = gemm_suite.FORMS
 SMALLEST = SM80Config(block_m=64, block_n=64, block_k=64, stages=2)
@@ -96,6 +98,13 @@ def test_float16_of_normal_numbers(rng, activation, gemm_atol):
         with_bias=True,
         atol=atol,
     )
+
+
+@needs_ampere
+def test_a_stage_that_is_overwritten_while_it_is_read_is_found(rng, monkeypatch):
+    monkeypatch.setattr(ptx, "release_smem", lambda: None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="has a race"):
+        gemm_suite.check(interpreted(), rng, 64, 64, 320)
 
 
 @needs_ampere
@@ -195,22 +204,22 @@ def numbers_in_registers(monkeypatch):
     doubles = {
         "_mma_sp_instruction": instruction,
         "_movmatrix": movmatrix,
-        "_words": list,
-        "_scalars": lambda registers: [
+        "words": list,
+        "scalars": lambda registers: [
             register[:, i : i + 1]
             for register in registers
             for i in range(register.shape[1])
         ],
-        "_vector": lambda scalars: np.concatenate(scalars, axis=1),
-        "_as_array": _as_array,
+        "joined": lambda scalars: np.concatenate(scalars, axis=1),
+        "as_array": _as_array,
     }
     for name, double in doubles.items():
-        monkeypatch.setattr(ptx, name, double)
-    monkeypatch.setattr(ptx.fa, "FragmentedArray", Fragments)
+        monkeypatch.setattr(mma if name.startswith("_") else ptx, name, double)
+    monkeypatch.setattr(mma.fa, "FragmentedArray", Fragments)
     utils = types.SimpleNamespace(
         c=lambda value, _: value, bitwidth={"bf16": 16, "f32": 32}.get
     )
-    monkeypatch.setattr(ptx, "utils", utils)
+    monkeypatch.setattr(mma, "utils", utils)
     return monkeypatch
 
 
@@ -228,7 +237,7 @@ def multiplied(rng, m_warps: int) -> tuple[np.ndarray, np.ndarray]:
     b = rng.integers(-8, 9, (k, n)).astype(np.float32)
     mask = np.asarray(nmjax.magnitude_mask(w, "2:4", axis=-1))
     a = compress(jnp.asarray(w), jnp.asarray(mask), axis=-1)
-    out = ptx._mma_sp(
+    out = mma._mma_sp(
         Fragments.of(np.ones((m, n)), layouts.acc),
         Fragments.of(np.asarray(a.values), layouts.lhs),
         Fragments.of(b, layouts.rhs),
@@ -251,7 +260,7 @@ def test_the_registers_and_selectors_that_the_kernel_gives_to_the_instruction(
 @needs_ampere
 @pytest.mark.parametrize("fault", ["selector", "halves of B", "halves of a word"])
 def test_a_wrong_register_gives_another_product(rng, fault, numbers_in_registers):
-    correct = ptx._mma_sp_instruction
+    correct = mma._mma_sp_instruction
 
     def faulty(acc, a, b, word, *, selector, dtype):
         if fault == "selector":
@@ -262,7 +271,7 @@ def test_a_wrong_register_gives_another_product(rng, fault, numbers_in_registers
             word = np.stack([word.view(np.int16)[:, ::-1]]).view(np.int32)[0]
         return correct(acc, a, b, word, selector=selector, dtype=dtype)
 
-    numbers_in_registers.setattr(ptx, "_mma_sp_instruction", faulty)
+    numbers_in_registers.setattr(mma, "_mma_sp_instruction", faulty)
     actual, expected = multiplied(rng, m_warps=2)
     assert np.mean(actual != expected) > 0.5
 
@@ -276,7 +285,7 @@ def test_the_transpose_of_a_tile_in_registers(m_warps, dtype, numbers_in_registe
     x = np.arange(m * n).reshape(m, n)
     tile = Fragments.of(x, layout)
     tile.mlir_dtype = dtype
-    out = ptx._transpose_acc(tile, m_warps=m_warps)
+    out = mma._transpose_acc(tile, m_warps=m_warps)
     assert out.shape == (n, m)
     expected = registers(out.layout, np.ascontiguousarray(x.T))
     np.testing.assert_array_equal(out.contents(), expected)
@@ -315,7 +324,12 @@ def largest(target: Target) -> SM80Config:
 @needs_compiler
 @pytest.mark.parametrize(
     "target",
-    [A100, pytest.param(RTX3090, marks=pytest.mark.slow), H200],
+    [
+        A100,
+        H200,
+        pytest.param(RTX3090, marks=pytest.mark.slow),
+        pytest.param(RTX5090, marks=pytest.mark.slow),
+    ],
     ids=lambda target: target.arch,
 )
 def test_compiles_with_no_gpu(target):
@@ -323,8 +337,9 @@ def test_compiles_with_no_gpu(target):
     assert_good(kernel)
     assert "ldmatrix.sync.aligned.m8n8.x4.shared" in kernel.ptx
     assert "movmatrix.sync.aligned.m8n8.trans" in kernel.ptx
-    copies = "cp.async.bulk.tensor" if target is H200 else "cp.async.cg.shared.global"
-    assert copies in kernel.ptx
+    by_tma = target.capability >= (9, 0)
+    assert ("cp.async.bulk.tensor" in kernel.ptx) == by_tma
+    assert ("cp.async.cg.shared.global" in kernel.ptx) != by_tma
 
 
 @needs_ampere
