@@ -39,6 +39,7 @@ from jax import lax
 from nmjax.patches import patches_of
 from nmjax.pattern import NMPattern
 from nmjax.recipe import Recipe
+from nmjax.sparse_products import may_run_on_tensor_core, on_tensor_core
 from nmjax.tokens import joined_rows, kept_rows, sampled, sparse_tiles, spread_rows
 
 OnRows = Callable[[jax.Array], jax.Array]
@@ -59,6 +60,12 @@ class Gemm(Protocol):
         self, pattern: NMPattern, x: jax.Array, dy: jax.Array
     ) -> "tuple[Gemm, jax.Array, jax.Array]":
         """The GEMM, x and dy of wgrad at fixed tokens."""
+        ...
+
+    def matrices(
+        self, x: jax.Array, w: jax.Array
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """x and w as two matrices whose product this is, if it is that."""
         ...
 
 
@@ -95,13 +102,16 @@ def _fprop(gemm, recipe, no_key, x, w, w_dgrad, key):
     del no_key
     if recipe is not None and recipe.fprop == "activation":
         x = gemm.on_tokens(functools.partial(sparse_tiles, recipe.tile), x)
-    return gemm(x, w), (x, w, w_dgrad, key)
+    y = on_tensor_core("fprop", gemm, recipe, x, w)
+    return gemm(x, w) if y is None else y, (x, w, w_dgrad, key)
 
 
 def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
     x, w, w_dgrad, key = residuals
     w_read = w if w_dgrad is None else w_dgrad
-    (dx,) = jax.linear_transpose(lambda x: gemm(x, w_read), x)(dy)
+    dx = on_tensor_core("dgrad", gemm, recipe, x, w_read, dy)
+    if dx is None:
+        (dx,) = jax.linear_transpose(lambda x: gemm(x, w_read), x)(dy)
     if recipe is not None and recipe.pattern is not None:
         if recipe.wgrad == "gradient" and key is None:
             raise ValueError(no_key)
@@ -109,7 +119,9 @@ def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
             dy = gemm.on_rows(functools.partial(sampled, recipe.pattern, key), dy, x)
         if recipe.wgrad == "activation-fixed":
             gemm, x, dy = gemm.restore(recipe.pattern, x, dy)
-    (dw,) = jax.linear_transpose(lambda w: gemm(x, w), w)(dy)
+    dw = on_tensor_core("wgrad", gemm, recipe, x, w, dy)
+    if dw is None:
+        (dw,) = jax.linear_transpose(lambda w: gemm(x, w), w)(dy)
     return dx, dw, None, None
 
 
@@ -130,6 +142,28 @@ class _Dot:
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
         )
+
+    def matrices(
+        self, x: jax.Array, w: jax.Array
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """x as (tokens, k), w as (k, out), where that is their order in memory."""
+        (x_contracted, w_contracted), (batch, _) = self.dimension_numbers
+        count = len(x_contracted)
+        plain = (
+            not batch
+            and x_contracted == tuple(range(x.ndim - count, x.ndim))
+            and w_contracted == tuple(range(count))
+            and self.precision is None
+            and self.preferred_element_type in (None, x.dtype)
+        )
+        if not plain:
+            return None
+        k = math.prod(w.shape[:count])
+        return x.reshape(-1, k), w.reshape(k, -1)
+
+    def out_shape(self, x: jax.Array, w: jax.Array) -> tuple[int, ...]:
+        """The shape of `gemm(x, w)`."""
+        return jax.eval_shape(self, x, w).shape
 
     def on_tokens(self, change: OnRows, x: jax.Array) -> jax.Array:
         """`x` after a change of its matrices `(…, tokens, features)`."""
@@ -201,6 +235,9 @@ class _Conv:
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
         )
+
+    def matrices(self, x: jax.Array, w: jax.Array) -> None:
+        """No product of two matrices: there is no kernel of a convolution."""
 
     def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
         del x
@@ -382,8 +419,11 @@ def nm_conv(
 
 
 def _operands(recipe: Recipe | None) -> Recipe | None:
-    """The recipe, if it asks more of the GEMMs than a masked weight."""
-    return recipe if recipe is not None and recipe.needs_op else None
+    """The recipe, if it asks more of the GEMMs than a dense product of `w`."""
+    if recipe is None:
+        return None
+    needed = recipe.needs_op or may_run_on_tensor_core(recipe)
+    return recipe if needed else None
 
 
 def _conv_of_patches(gemm: _Conv, x: jax.Array, w: jax.Array, **aux) -> jax.Array:
