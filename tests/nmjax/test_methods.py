@@ -125,6 +125,12 @@ def linen_run(recipe, x=X, w=W, dy=DY, state=None):
     return run(params, state, x, dy, KEY), params, plan, state
 
 
+@functools.cache
+def linen_run_of(name):
+    """Compiled once for the tests that look at it."""
+    return linen_run(METHODS[name])
+
+
 def masks_of(params, plan, state):
     prepared = nmjax.prepare(params, plan, state)
     entry = prepared.get("layer", {}).get("kernel", {})
@@ -139,7 +145,7 @@ def assert_close(actual, expected, atol=2e-5):
 @each_method
 def test_a_linen_layer_is_the_equations(name, gemm_atol):
     recipe = METHODS[name]
-    actual, params, plan, state = linen_run(recipe)
+    actual, params, plan, state = linen_run_of(name)
     assert len(plan.sparse) == 1
     masks = masks_of(params, plan, state)
     if recipe.mask == "magnitude":  # the others are the business of nmjax.masks
@@ -152,7 +158,19 @@ def test_a_linen_layer_is_the_equations(name, gemm_atol):
     nmjax.check(params, plan, state)
 
 
-@each_method
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sr_ste",
+        "multipliers",
+        "transposable",
+        "bi_mask refresh",
+        "fst",
+        "semi_sparse_activation",
+        "two_by_four",
+        "s_ste",
+    ],
+)
 def test_an_nnx_layer_is_the_equations(name, gemm_atol):
     recipe = METHODS[name]
     layer = nmjax.nnx.Linear(8, 4, use_bias=False, recipe=recipe, rngs=nnx.Rngs(0))
@@ -182,9 +200,9 @@ def test_an_nnx_layer_is_the_equations(name, gemm_atol):
     nmjax.check(params, plan, nmjax.prepare(params, plan, state))
 
 
-@each_method
+@pytest.mark.parametrize("name", ["sr_ste", "fst", "two_by_four", "s_ste"])
 def test_prepared_masks_give_the_same_bits(name):
-    actual, params, plan, state = linen_run(METHODS[name])
+    actual, params, plan, state = linen_run_of(name)
     prepared = nmjax.prepare(params, plan, state)
     again, *_ = linen_run(METHODS[name], state=prepared)
     for a, b in zip(actual, again, strict=True):
@@ -193,7 +211,7 @@ def test_prepared_masks_give_the_same_bits(name):
 
 @each_method
 def test_baked_parameters_are_those_of_fprop(name):
-    actual, params, plan, state = linen_run(METHODS[name])
+    actual, params, plan, state = linen_run_of(name)
     if METHODS[name].fprop != "weight":
         baked = nmjax.bake(params, plan, state)["layer"]["kernel"]
         np.testing.assert_array_equal(baked, W)
@@ -412,22 +430,19 @@ def dense_loss(params):
     )(params)
 
 
-NET_METHODS = {
-    name: METHODS[name]
-    for name in (
-        "transposable",
-        "bi_mask",
+@pytest.mark.parametrize(
+    "name",
+    [
         "fst",
-        "semi_sparse_activation",
         "two_by_four",
-        "s_ste",
-    )
-}
-
-
-@pytest.mark.parametrize("name", NET_METHODS)
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("transposable", "semi_sparse_activation")
+        ),
+    ],
+)
 def test_every_layer_follows_the_recipe(name):
-    recipe = NET_METHODS[name]
+    recipe = METHODS[name]
     rules = [nmjax.Rule(".*", recipe)]
     params, plan = net_params(), nmjax.plan(Net(), rules, IMAGES)
     assert len(plan.sparse) == 9
@@ -492,9 +507,16 @@ class Scanned(nn.Module):
     axis: int = 0
 
 
-@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(
-    "name", ["fst", "two_by_four", "s_ste", "semi_sparse_activation", "transposable"]
+    ("name", "axis"),
+    [
+        ("fst", 1),
+        ("two_by_four", 1),
+        ("s_ste", 0),
+        ("s_ste", 1),
+        ("semi_sparse_activation", 0),
+        ("transposable", 1),
+    ],
 )
 def test_a_scanned_layer_is_its_layers_one_by_one(name, axis):
     recipe = METHODS[name]
@@ -544,7 +566,7 @@ def test_a_scanned_layer_is_its_layers_one_by_one(name, axis):
         np.testing.assert_allclose(gradient[i], dw, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_logits_of_a_scanned_layer_are_sliced_with_it(axis):
     kernels = np.random.default_rng(2).normal(0, 0.5, (3, 8, 8)).astype(np.float32)
     stored = jnp.moveaxis(jnp.asarray(kernels), 0, axis)
@@ -585,7 +607,7 @@ def weight_only(recipe):
 
 def test_vmap_over_examples():
     recipe = METHODS["bi_mask"]
-    (y, _, _), params, _, state = linen_run(recipe)
+    (y, _, _), params, _, state = linen_run_of("bi_mask")
     model = nmjax.sparsify(Layer(), [nmjax.Rule(".*", recipe)])
     variables = {"params": params, "nm": state}
     each = jax.jit(jax.vmap(lambda x: model.apply(variables, x[None])[0]))(X)
@@ -598,7 +620,7 @@ def test_vmap_over_examples():
 def test_shard_map_over_tokens(name):
     """Four tokens on each device: whole groups, so the sum is that of one device."""
     recipe, x = METHODS[name], np.concatenate([X, X[:4] + 1])
-    _, params, _, state = linen_run(recipe)
+    _, params, _, state = linen_run_of(name)
     model = nmjax.sparsify(Layer(), [nmjax.Rule(".*", recipe)])
 
     def gradient(params, state, x, key):
@@ -626,7 +648,7 @@ def test_shard_map_over_tokens(name):
 
 def test_a_new_key_and_new_masks_do_not_retrace():
     recipe = METHODS["two_by_four"]
-    _, params, plan, state = linen_run(recipe)
+    _, params, plan, state = linen_run_of("two_by_four")
     model, traces = nmjax.sparsify(Layer(), [nmjax.Rule(".*", recipe)]), []
 
     @jax.jit
