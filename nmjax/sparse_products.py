@@ -50,6 +50,10 @@ def on_tensor_core(
       x: Activations, masked where the recipe masks them.
       w: Weight that the GEMM reads, masked.
       dy: Gradient of y; for wgrad as it was sampled.
+
+    Returns:
+      y, or dx and dW of the shapes of x and w; inside `shard_map` summed over the mesh
+      axes that the product varies over and x or w does not.
     """
     if recipe is None or not may_run_on_tensor_core(recipe):
         return None
@@ -59,16 +63,21 @@ def on_tensor_core(
         return None
     x2, w2 = matrices
     if name == "fprop":
-        out = sparse_product(x2, w2, "rhs" if operand == "weight" else "lhs")
-        shape = gemm.out_shape(x, w)
-    else:
-        dy2 = jnp.reshape(dy, (-1, w2.shape[1]))
-        if name == "dgrad":
-            out, shape = sparse_product(dy2, w2, "rhs", transpose_rhs=True), x.shape
-        else:
-            sparse = "lhs" if operand == "activation" else "rhs"
-            out, shape = sparse_product(x2, dy2, sparse, transpose_lhs=True), w.shape
-    return None if out is None else out.reshape(shape)
+        y = sparse_product(x2, w2, "rhs" if operand == "weight" else "lhs")
+        return None if y is None else y.reshape(gemm.out_shape(x, w))
+    dy2 = jnp.reshape(dy, (-1, w2.shape[1]))
+    if name == "dgrad":
+        dx = sparse_product(dy2, w2, "rhs", transpose_rhs=True)
+        return None if dx is None else _as_cotangent(dx, x)
+    sparse = "lhs" if operand == "activation" else "rhs"
+    dw = sparse_product(x2, dy2, sparse, transpose_lhs=True)
+    return None if dw is None else _as_cotangent(dw, w)
+
+
+def _as_cotangent(d: jax.Array, primal: jax.Array) -> jax.Array:
+    over, of = (jax.typeof(a).manual_axis_type.varying for a in (d, primal))
+    summed = jax.lax.psum(d, tuple(over - of)) if over - of else d
+    return summed.reshape(primal.shape)
 
 
 def _is_measured() -> bool:

@@ -113,6 +113,34 @@ def test_a_layer_runs_each_sparse_gemm_there(rng, products, recipe, sizes, layer
         np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("name", ["transposable", "semi_sparse_activation"])
+def test_gradients_sum_over_devices_inside_shard_map(rng, products, monkeypatch, name):
+    """Data over one axis: dW is summed over it; outputs over the other: dx is."""
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=axes)
+    spec = jax.sharding.PartitionSpec
+    x = jnp.asarray(rng.integers(-3, 4, (T, K)), jnp.bfloat16)
+    w = jnp.asarray(rng.integers(-3, 4, (K, N)), jnp.bfloat16)
+    recipe = recipes.semi_sparse_activation()
+    if name == "transposable":
+        recipe = recipes.transposable("2:4", refresh=1)
+        w *= nmjax.transposable_mask(abs(w), "2:4")
+
+    def loss(x, w):
+        numbers = (((1,), (0,)), ((), ()))
+        y = nmjax.ops.nm_dot_general(x, w, numbers, recipe=recipe)
+        return jax.lax.psum(y.astype(jnp.float32).sum(), ("data", "model"))
+
+    loss = jax.shard_map(
+        loss, mesh=mesh, in_specs=(spec("data"), spec(None, "model")), out_specs=spec()
+    )
+    actual = jax.grad(loss, (0, 1))(x, w)
+    assert len(products) == 2
+    monkeypatch.setattr(sparse_products, "_is_measured", lambda: False)
+    expected = jax.grad(loss, (0, 1))(x, w)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 def test_float32_and_ragged_products_stay_dense(products):
     product = sparse_products.sparse_product
     assert product(jnp.ones((4, 8)), jnp.ones((8, 4)), "rhs") is None
