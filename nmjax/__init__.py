@@ -24,6 +24,7 @@ from nmjax.masks import nm_mask as nm_mask
 from nmjax.masks import sparsify_like as sparsify_like
 from nmjax.masks import tile_mask as tile_mask
 from nmjax.masks import transposable_mask as transposable_mask
+from nmjax.masks.learned import Temperature as Temperature
 from nmjax.pattern import NMPattern as NMPattern
 from nmjax.planning import Plan as Plan
 from nmjax.planning import PlanEntry as PlanEntry

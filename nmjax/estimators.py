@@ -127,7 +127,7 @@ def straight_through(
         w_s = _sr_ste(w, mask, decay)  # no forward mode (jvp): use nmjax.densify(model)
     if multipliers == (1.0, 1.0):
         return w_s
-    return _multiply_gradient(multipliers, w_s, mask)
+    return _multiply_gradient(multipliers, w_s, mask)  # no jvp: nmjax.densify(model)
 
 
 def masked(w: jax.Array, mask: jax.Array) -> jax.Array:

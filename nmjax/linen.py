@@ -153,6 +153,7 @@ class _Layer(_Base):
             type(self).__name__,
             axes=tuple(axis - ndim for axis in axes),
             out_axes=tuple(a - ndim for a in output_axes(self, ndim, args, kwargs)),
+            out_parts=getattr(self, "feature_group_count", 1),
             weight_only=isinstance(self, nn.ConvTranspose),
             reason=taken or why_no_hook(self, kernel.shape),
         )

@@ -36,10 +36,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nmjax import masks
+from nmjax.patches import patches_of
 from nmjax.pattern import NMPattern
 from nmjax.recipe import Recipe
-from nmjax.sampling import mvue
+from nmjax.sparse_products import may_run_on_tensor_core, on_tensor_core
+from nmjax.tokens import joined_rows, kept_rows, sampled, sparse_tiles, spread_rows
 
 OnRows = Callable[[jax.Array], jax.Array]
 
@@ -59,6 +60,12 @@ class Gemm(Protocol):
         self, pattern: NMPattern, x: jax.Array, dy: jax.Array
     ) -> "tuple[Gemm, jax.Array, jax.Array]":
         """The GEMM, x and dy of wgrad at fixed tokens."""
+        ...
+
+    def matrices(
+        self, x: jax.Array, w: jax.Array
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """x and w as two matrices whose product this is, if it is that."""
         ...
 
 
@@ -94,85 +101,31 @@ def three_gemms(
 def _fprop(gemm, recipe, no_key, x, w, w_dgrad, key):
     del no_key
     if recipe is not None and recipe.fprop == "activation":
-        x = gemm.on_tokens(functools.partial(_sparse_tiles, recipe.tile), x)
-    return gemm(x, w), (x, w, w_dgrad, key)
+        x = gemm.on_tokens(functools.partial(sparse_tiles, recipe.tile), x)
+    y = on_tensor_core("fprop", gemm, recipe, x, w)
+    return gemm(x, w) if y is None else y, (x, w, w_dgrad, key)
 
 
 def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
     x, w, w_dgrad, key = residuals
     w_read = w if w_dgrad is None else w_dgrad
-    (dx,) = jax.linear_transpose(lambda x: gemm(x, w_read), x)(dy)
-    if recipe is not None and recipe.wgrad == "gradient":
-        if key is None:
+    dx = on_tensor_core("dgrad", gemm, recipe, x, w_read, dy)
+    if dx is None:
+        (dx,) = jax.linear_transpose(lambda x: gemm(x, w_read), x)(dy)
+    if recipe is not None and recipe.pattern is not None:
+        if recipe.wgrad == "gradient" and key is None:
             raise ValueError(no_key)
-        dy = gemm.on_rows(functools.partial(_sampled, recipe.pattern, key), dy, x)
-    if recipe is not None and recipe.wgrad == "activation-fixed":
-        gemm, x, dy = gemm.restore(recipe.pattern, x, dy)
-    (dw,) = jax.linear_transpose(lambda w: gemm(x, w), w)(dy)
+        if recipe.wgrad == "gradient":
+            dy = gemm.on_rows(functools.partial(sampled, recipe.pattern, key), dy, x)
+        if recipe.wgrad == "activation-fixed":
+            gemm, x, dy = gemm.restore(recipe.pattern, x, dy)
+    dw = on_tensor_core("wgrad", gemm, recipe, x, w, dy)
+    if dw is None:
+        (dw,) = jax.linear_transpose(lambda w: gemm(x, w), w)(dy)
     return dx, dw, None, None
 
 
 three_gemms.defvjp(_fprop, _dgrad_wgrad)
-
-
-def _sparse_tiles(algorithm: str, x: jax.Array) -> jax.Array:
-    """x `(…, tokens, features)` masked by 4×4 tiles."""
-    tokens = x.shape[-2]
-    padded = _fill_rows(x, 4)
-    mask = lax.slice_in_dim(masks.tile_mask(padded, algorithm), 0, tokens, axis=-2)
-    return jnp.where(mask, x, jnp.zeros_like(x))
-
-
-def _sampled(pattern: NMPattern, key: jax.Array, dy: jax.Array) -> jax.Array:
-    """dy `(…, tokens, out)` with n of every m tokens kept, unbiased."""
-    values, _ = mvue(_fill_rows(dy, pattern.m), key, pattern, axis=-2)
-    return lax.slice_in_dim(values, 0, dy.shape[-2], axis=-2)
-
-
-def _kept_places(pattern: NMPattern) -> list[int]:
-    """The places kept of every m tokens, spread evenly from the first: 0, 2 of 4."""
-    return [i * pattern.m // pattern.n for i in range(pattern.n)]
-
-
-def _kept_rows(pattern: NMPattern, x: jax.Array) -> jax.Array:
-    """x `(…, tokens, features)` at the kept places: `(…, tokens · n / m, features)`."""
-    groups = _grouped(pattern, x)
-    kept = groups[..., jnp.asarray(_kept_places(pattern)), :]
-    return kept.reshape(*x.shape[:-2], -1, x.shape[-1])
-
-
-def _joined_rows(pattern: NMPattern, dy: jax.Array) -> jax.Array:
-    """dy `(…, tokens, out)` summed over each kept place and those left out after it."""
-    groups = _grouped(pattern, dy)
-    borders = itertools.pairwise([*_kept_places(pattern), pattern.m])
-    sums = [jnp.sum(groups[..., a:b, :], -2) for a, b in borders]
-    return jnp.stack(sums, -2).reshape(*dy.shape[:-2], -1, dy.shape[-1])
-
-
-def _spread_rows(pattern: NMPattern, dy: jax.Array) -> jax.Array:
-    """As `_joined_rows`, with zeros at the places left out: the shape of `dy`."""
-    joined = _joined_rows(pattern, dy)
-    rows = joined.reshape(*dy.shape[:-2], -1, pattern.n, dy.shape[-1])
-    shape = (*rows.shape[:-2], pattern.m, rows.shape[-1])
-    groups = jnp.zeros(shape, dy.dtype)
-    groups = groups.at[..., jnp.asarray(_kept_places(pattern)), :].set(rows)
-    spread = groups.reshape(*dy.shape[:-2], -1, dy.shape[-1])
-    return lax.slice_in_dim(spread, 0, dy.shape[-2], axis=-2)
-
-
-def _grouped(pattern: NMPattern, rows: jax.Array) -> jax.Array:
-    """`(…, tokens, columns)` -> `(…, groups, m, columns)`."""
-    rows = _fill_rows(rows, pattern.m)
-    return rows.reshape(*rows.shape[:-2], -1, pattern.m, rows.shape[-1])
-
-
-def _fill_rows(rows: jax.Array, m: int) -> jax.Array:
-    """`(…, tokens, columns)` with zeros up to a multiple of m tokens."""
-    missing = -rows.shape[-2] % m
-    if not missing:
-        return rows
-    widths = [(0, 0)] * (rows.ndim - 2) + [(0, missing), (0, 0)]
-    return jnp.pad(rows, widths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +142,28 @@ class _Dot:
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
         )
+
+    def matrices(
+        self, x: jax.Array, w: jax.Array
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """x as (tokens, k), w as (k, out), where that is their order in memory."""
+        (x_contracted, w_contracted), (batch, _) = self.dimension_numbers
+        count = len(x_contracted)
+        plain = (
+            not batch
+            and x_contracted == tuple(range(x.ndim - count, x.ndim))
+            and w_contracted == tuple(range(count))
+            and self.precision is None
+            and self.preferred_element_type in (None, x.dtype)
+        )
+        if not plain:
+            return None
+        k = math.prod(w.shape[:count])
+        return x.reshape(-1, k), w.reshape(k, -1)
+
+    def out_shape(self, x: jax.Array, w: jax.Array) -> tuple[int, ...]:
+        """The shape of `gemm(x, w)`."""
+        return jax.eval_shape(self, x, w).shape
 
     def on_tokens(self, change: OnRows, x: jax.Array) -> jax.Array:
         """`x` after a change of its matrices `(…, tokens, features)`."""
@@ -210,11 +185,11 @@ class _Dot:
         """The GEMM of the kept tokens alone, whose tokens are one axis."""
         order, batch, rows = self._order(x)
         moved, end = jnp.transpose(x, order), batch + rows
-        x = _kept_rows(pattern, moved.reshape(_matrix_shape(moved.shape, batch, end)))
+        x = kept_rows(pattern, moved.reshape(_matrix_shape(moved.shape, batch, end)))
         x = x.reshape(*x.shape[:-1], *moved.shape[end:])
         columns = dy.shape[end:]
         dy = dy.reshape(_matrix_shape(dy.shape, batch, end))
-        dy = _joined_rows(pattern, dy)
+        dy = joined_rows(pattern, dy)
         (_, w_contracted), (_, w_batch) = self.dimension_numbers
         contracted = tuple(range(batch + 1, x.ndim))
         numbers = ((contracted, w_contracted), (tuple(range(batch)), w_batch))
@@ -261,6 +236,9 @@ class _Conv:
             preferred_element_type=self.preferred_element_type,
         )
 
+    def matrices(self, x: jax.Array, w: jax.Array) -> None:
+        """No product of two matrices: there is no kernel of a convolution."""
+
     def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
         del x
         # The layout of y alone: its rank is that of x and w.
@@ -276,7 +254,7 @@ class _Conv:
         self, pattern: NMPattern, x: jax.Array, dy: jax.Array
     ) -> tuple["_Conv", jax.Array, jax.Array]:
         # Without a matrix of patches: a zero dy leaves a token out as well.
-        spread = functools.partial(_spread_rows, pattern)
+        spread = functools.partial(spread_rows, pattern)
         return self, x, self.on_rows(spread, dy, x)
 
 
@@ -441,8 +419,11 @@ def nm_conv(
 
 
 def _operands(recipe: Recipe | None) -> Recipe | None:
-    """The recipe, if it asks more of the GEMMs than a masked weight."""
-    return recipe if recipe is not None and recipe.needs_op else None
+    """The recipe, if it asks more of the GEMMs than a dense product of `w`."""
+    if recipe is None:
+        return None
+    needed = recipe.needs_op or may_run_on_tensor_core(recipe)
+    return recipe if needed else None
 
 
 def _conv_of_patches(gemm: _Conv, x: jax.Array, w: jax.Array, **aux) -> jax.Array:
@@ -457,7 +438,14 @@ def _conv_of_patches(gemm: _Conv, x: jax.Array, w: jax.Array, **aux) -> jax.Arra
     x = jnp.transpose(x, (batch, *space, channels))
     features, inputs, *window = numbers.rhs_spec
     w = jnp.transpose(w, (*window, inputs, features))
-    patches = _patches(gemm, x, w.shape[:-2])  # (N, *out, window, channels)
+    patches = patches_of(
+        x,
+        w.shape[:-2],
+        gemm.strides,
+        gemm.padding,
+        gemm.lhs_dilation,
+        gemm.rhs_dilation,
+    )  # (N, *out, window, channels)
     outputs, groups = patches.shape[:-2], gemm.feature_group_count
     tokens, positions = math.prod(outputs), patches.shape[-2]
     patches = patches.reshape(tokens, positions, groups, -1)
@@ -475,37 +463,3 @@ def _conv_of_patches(gemm: _Conv, x: jax.Array, w: jax.Array, **aux) -> jax.Arra
     batch, features, *space = numbers.out_spec
     order = (batch, *space, features)
     return jnp.transpose(y, [order.index(axis) for axis in range(y.ndim)])
-
-
-def _patches(gemm: _Conv, x: jax.Array, window: tuple[int, ...]) -> jax.Array:
-    """What the window sees: `(N, *space, C)` -> `(N, *out, prod(window), C)`.
-
-    By slices, which move bits on every platform; a convolution with one-hot kernels
-    would round them where its precision is low.
-    """
-    ones = (1,) * len(window)
-    stretch, dilation = gemm.lhs_dilation or ones, gemm.rhs_dilation or ones
-    extent = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
-    size = [
-        (s - 1) * d + 1 if s else 0 for s, d in zip(x.shape[1:-1], stretch, strict=True)
-    ]
-    padding = gemm.padding
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(size, extent, gemm.strides, padding)
-    pads = [(a, b, d - 1) for (a, b), d in zip(padding, stretch, strict=True)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
-    out = [
-        (s - e) // stride + 1
-        for s, e, stride in zip(x.shape[1:-1], extent, gemm.strides, strict=True)
-    ]
-    parts = []
-    for position in itertools.product(*map(range, window)):
-        start = [p * d for p, d in zip(position, dilation, strict=True)]
-        end = [
-            s + (o - 1) * stride + 1
-            for s, o, stride in zip(start, out, gemm.strides, strict=True)
-        ]
-        strides = (1, *gemm.strides, 1)
-        part = lax.slice(x, (0, *start, 0), (x.shape[0], *end, x.shape[-1]), strides)
-        parts.append(part)
-    return jnp.stack(parts, axis=-2)

@@ -47,6 +47,7 @@ class Candidate:
       layer: Class name of the layer that owns it, or "parameter".
       axes: The axes that the layer's GEMM contracts, counted from the end.
       out_axes: The axes that run over its outputs, which dgrad contracts.
+      out_parts: How many GEMMs divide the last of them: a convolution's feature groups.
       stacked: The axes that scan or vmap stack.
       weight_only: The layer's op cannot be replaced: recipes can mask its weight and no
         more.
@@ -61,6 +62,7 @@ class Candidate:
     layer: str = "parameter"
     axes: tuple[int, ...] = ()
     out_axes: tuple[int, ...] = ()
+    out_parts: int = 1
     stacked: tuple[int, ...] = ()
     weight_only: bool = False
     reason: str = ""
@@ -328,14 +330,18 @@ def _why_not(candidate: Candidate, recipe: Recipe, ragged: Ragged | None) -> str
         return ""
     m = recipe.pattern.m if recipe.pattern else 1
     for axis in axes:
-        if size_error := _size_error(candidate.shape[axis], axis, m):
+        parts = candidate.out_parts if axis in candidate.out_axes else 1
+        if size_error := _size_error(candidate.shape[axis], axis, m, parts):
             ragged_hint = f"; ragged={ragged!r} is for magnitude masks along one axis"
             return size_error + (ragged_hint if ragged else "")
     return ""
 
 
-def _size_error(size: int, axis: int, m: int) -> str:
-    return f"axis {axis} has size {size}, not a multiple of {m}" if size % m else ""
+def _size_error(size: int, axis: int, m: int, parts: int) -> str:
+    if size // parts % m == 0:
+        return ""
+    each = f" in {parts} feature groups" if parts > 1 else ""
+    return f"axis {axis} has size {size}{each}, not a multiple of {m}"
 
 
 def _group_axes(

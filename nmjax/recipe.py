@@ -170,7 +170,8 @@ class Recipe:
                 f"and mask={self.mask!r}"
             )
         patterns = [pattern for _, pattern in self.schedule.patterns]
-        if patterns and (tiled or not self.pattern or patterns[-1].m != self.pattern.m):
+        sizes = {pattern.m for pattern in (self.pattern, *patterns) if pattern}
+        if patterns and (tiled or not self.sparse or len(sizes) > 1):
             return (
                 f"the schedule's patterns {patterns} do not fit pattern {self.pattern}"
                 f" and tile={self.tile!r}: all have one m, and tiles are 2:4"

@@ -141,6 +141,7 @@ def _note_layer(found, layer, args, kwargs):
         "layer": type(layer).__name__,
         "axes": tuple(stored[axis] for axis in axes),
         "out_axes": tuple(stored[axis] for axis in outputs),
+        "out_parts": getattr(layer, "feature_group_count", 1),
         "stacked": tuple(a for a in range(-rank, 0) if a not in stored),
         "weight_only": isinstance(layer, nn.ConvTranspose),
         "reason": why_no_hook(layer, tag.value.shape),

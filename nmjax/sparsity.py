@@ -135,8 +135,12 @@ class Sparsity:
         """Every mask that the GEMMs read of `w` as stored, by name."""
         chosen = {"mask": self.choose_mask(w)}
         if self.recipe.dgrad == "weight-own-mask":
-            chosen["mask_dgrad"] = magnitude_mask(w, self.pattern, axis=self.out_axis)
+            chosen["mask_dgrad"] = self.choose_mask_dgrad(w)
         return chosen
+
+    def choose_mask_dgrad(self, w: jax.Array) -> jax.Array:
+        """The mask of dgrad alone, along the output axis."""
+        return magnitude_mask(w, self.pattern, axis=self.out_axis)
 
     def choose_mask(self, w: jax.Array) -> jax.Array:
         """The mask that fprop reads of `w`: bool, its shape, True = kept.
@@ -156,7 +160,8 @@ class Sparsity:
             case "tile":
                 # As (out, in), the matrix whose rows torchao's algorithms walk.
                 axes = (self.out_axis, self.axis)
-                choose = functools.partial(masks.tile_mask, algorithm=self.recipe.tile)
+                algorithm = self.recipe.tile or ""
+                choose = lambda w: masks.tile_mask(w, algorithm)  # noqa: E731
                 return _on_last_axes(choose, w, axes)
             case "learned":
                 raise ValueError(
@@ -194,7 +199,14 @@ class Sparsity:
 
     def mask(self, w: jax.Array, entry: Entry) -> jax.Array:
         """The mask that fprop reads of `w`; raises as `masks`."""
+        if self._chooses(entry):
+            return self.choose_mask(w)
         return self.masks(w, entry)["mask"]
+
+    def _chooses(self, entry: Entry) -> bool:
+        """Whether masks come from the weight, here and now."""
+        kept = self.recipe.keeps_mask or self.recipe.mask == "learned"
+        return not kept and "mask" not in entry
 
     def apply(self, w: jax.Array, entry: Entry) -> jax.Array:
         """The weight of fprop, with the gradient that the recipe prescribes.
@@ -231,8 +243,9 @@ class Sparsity:
         """The weight of dgrad where it is not fprop's: a constant, or None."""
         if self.recipe.dgrad != "weight-own-mask":
             return None
-        w = jax.lax.stop_gradient(w)
-        return estimators.masked(w, self.masks(w, entry)["mask_dgrad"])
+        w, new = jax.lax.stop_gradient(w), self._chooses(entry)
+        mask = self.choose_mask_dgrad(w) if new else self.masks(w, entry)["mask_dgrad"]
+        return estimators.masked(w, mask)
 
     def _apply_learned(self, w: jax.Array, entry: Entry) -> jax.Array:
         if self.recipe.gradient == "none":

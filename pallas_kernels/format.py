@@ -29,11 +29,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 # Two positions of a group of 2:4 are the nibble i0 | i1 << 2; this one is 0 and 1.
 _NIBBLE_OF_PADDING = 0x4
+_WORD_OF_PADDING = 0x4444_4444
 
 
 @functools.partial(
@@ -232,6 +234,19 @@ def decompress(compressed: NMCompressed) -> jax.Array:
     dense = jnp.stack(columns, axis=-1)
     dense = _moved(dense.reshape(*dense.shape[:-2], -1), compressed.dtype)
     return jnp.swapaxes(dense, -1, -2) if compressed.axis == -2 else dense
+
+
+def pad(compressed: NMCompressed, rows: int, k: int) -> NMCompressed:
+    """A 2:4 matrix with zeros after its rows and columns, up to multiples.
+
+    Args:
+      compressed: 2:4, in either orientation.
+      rows: The multiple for the rows of the values, itself a multiple of 16.
+      k: The multiple for the group axis, itself a multiple of 64.
+    """
+    values = _pad(compressed.values, (rows, k // 2), 0)
+    metadata = _pad(compressed.metadata, (rows // 2, k // 16), _WORD_OF_PADDING)
+    return dataclasses.replace(compressed, values=values, metadata=metadata)
 
 
 def positions(compressed: NMCompressed) -> jax.Array:

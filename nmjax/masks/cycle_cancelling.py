@@ -9,8 +9,8 @@ Management Science 14, 1967), and then the distances d and e of rows and columns
 it: d_u - e_j is at least s_uj for every entry that is not kept, at most s_uj for every
 one that is.
 
-All tiles search at once, by sweeps of Bellman and Ford from all rows, each sweep as
-m element-wise steps for the columns and m for the rows. Every node keeps the parent that
+All tiles search at once, by sweeps of Bellman and Ford from all rows, each sweep as m
+element-wise steps for the columns and m for the rows. Every node keeps the parent that
 it was last reached from. As scores are integers and only a strictly shorter way counts,
 each cycle of parents has a strictly negative cost, and no two share a node: all of them
 are cancelled together. A search without a negative cycle comes to rest within m + 2
@@ -19,6 +19,7 @@ sweeps. So the sum grows by at least one with every mask, and the loop ends.
 "At most n" adds one spare node that rows and columns with room lead to, at no cost.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -135,23 +136,22 @@ def best_tiles(
     Raises:
       ValueError: If m is larger than 32.
     """
-    m, tiles = scores.shape[0], scores.shape[2:]
+    m = scores.shape[0]
     if m > MAX_M:
         raise ValueError(
-            f"tiles of {m}x{m}: the exact solver takes m up to {MAX_M}, because sets of "
-            "rows are 32-bit words"
+            f"tiles of {m}x{m}: the solver takes m up to {MAX_M}, since sets of rows "
+            "are 32-bit words"
         )
-    row = lax.broadcasted_iota(jnp.int32, (m, m) + (1,) * len(tiles), 0)
+    row = lax.broadcasted_iota(jnp.int32, (m, m) + (1,) * (scores.ndim - 2), 0)
     column = lax.broadcasted_iota(jnp.int32, row.shape, 1)
     if start is None:
-        start = jnp.broadcast_to((column - row) % m < n, scores.shape)
+        start = jnp.ones_like(scores, jnp.bool_) & ((column - row) % m < n)
 
     def rest(spare):  # the start of a search whose rows have the distance 0
-        fresh = jnp.zeros((m, *tiles), jnp.int32)
-        none = jnp.full((m, *tiles), -1, jnp.int32)
-        far = jnp.full((m, *tiles), _INFINITE)
-        changed = jnp.ones(tiles, jnp.bool_)
-        return _Search(fresh, none, far, none, spare, none[0], changed)
+        like = scores[:, 0]  # in its sharding too
+        none, far = jnp.full_like(like, -1), jnp.full_like(like, _INFINITE)
+        changed = jnp.ones_like(spare, jnp.bool_)
+        return _Search(jnp.zeros_like(like), none, far, none, spare, none[0], changed)
 
     def advance(carry):
         mask, search, rounds = carry
@@ -173,7 +173,7 @@ def best_tiles(
         )
         return mask, search, rounds + 1
 
-    carry = start, rest(jnp.zeros(tiles, jnp.int32)), jnp.int32(0)
+    carry = start, rest(jnp.zeros_like(scores[0, 0])), jnp.int32(0)
     mask, search, rounds = lax.while_loop(lambda c: c[1].changed.any(), advance, carry)
     return BestTiles(
         mask, search.row - search.spare, search.spare - search.column, rounds
@@ -221,38 +221,46 @@ def _cycles(search: _Search) -> tuple[jax.Array, jax.Array]:
     """Which rows and which columns lie on cycles of parents: bool `(m, ...)` each.
 
     Of all nodes, keep those that are the parent of one that was kept, again and again:
-    ways that end lose their last node each time, and only cycles remain.
+    ways that end lose their last node each time, and only cycles remain. A set of rows
+    or columns is a word, row or column i its bit i.
     """
-    m = search.row.shape[0]
-    index = lax.broadcasted_iota(jnp.uint32, search.row.shape, 0)
+    m, none, one = search.row.shape[0], jnp.uint32(0), jnp.uint32(1)
 
-    def word(parent):  # the parent as a set; -1, m and above are none of these nodes
-        bit = jnp.left_shift(jnp.uint32(1), parent.astype(jnp.uint32))
-        return jnp.where((parent >= 0) & (parent < m), bit, jnp.uint32(0))
+    def single(node):  # no bit for -1, m and above, which are no row or column
+        bit = jnp.left_shift(one, node.astype(jnp.uint32))
+        return jnp.where((node >= 0) & (node < m), bit, none)
 
-    def members(words):
-        return (words >> index) & 1 == 1
+    def union(chosen, sets):
+        chosen_sets = [jnp.where(chosen(i), sets[i], none) for i in range(m)]
+        return functools.reduce(jnp.bitwise_or, chosen_sets)
 
-    def union(kept, parents):
-        sets = jnp.where(kept, parents, jnp.uint32(0))
-        return lax.reduce(sets, jnp.uint32(0), lax.bitwise_or, (0,))
+    def member(nodes):
+        return lambda i: (nodes >> i) & 1 == 1
 
-    rows_parents, columns_parents = word(search.row_parent), word(search.column_parent)
-    spare_row, spare_column = word(search.spare_parent), word(search.spare_parent - m)
-    none = jnp.uint32(0)
+    row_parents, column_parents = (
+        single(search.row_parent),
+        single(search.column_parent),
+    )
+    spare_row, spare_column = (
+        single(search.spare_parent),
+        single(search.spare_parent - m),
+    )
+    bits = [np.uint32(1 << i) for i in range(m)]
+    rows_below_spare = union(lambda u: search.row_parent[u] == m, bits)
+    columns_below_spare = union(lambda j: search.column_parent[j] == m, bits)
 
     def keep_parents(_, kept):
         rows, columns, spare = kept
-        rows = union(columns, columns_parents) | jnp.where(spare, spare_row, none)
-        rows = members(rows)
-        columns = union(rows, rows_parents) | jnp.where(spare, spare_column, none)
-        columns = members(columns)
-        spare = (rows & (search.row_parent == m)).any(0)
-        spare |= (columns & (search.column_parent == m)).any(0)
+        rows = union(member(columns), column_parents) | jnp.where(
+            spare, spare_row, none
+        )
+        columns = union(member(rows), row_parents)
+        columns |= jnp.where(spare, spare_column, none)
+        spare = (rows & rows_below_spare) | (columns & columns_below_spare) != 0
         return rows, columns, spare
 
-    everything = jnp.ones(search.row.shape, jnp.bool_)
-    rows, columns, _ = lax.fori_loop(
-        0, m + 3, keep_parents, (everything, everything, everything[0])
-    )
-    return rows, columns
+    everything = jnp.full_like(search.spare, 2**m - 1, jnp.uint32)
+    kept = everything, everything, jnp.ones_like(search.changed)
+    rows, columns, _ = lax.fori_loop(0, m + 3, keep_parents, kept)
+    index = lax.broadcasted_iota(jnp.uint32, search.row.shape, 0)
+    return (rows >> index) & 1 == 1, (columns >> index) & 1 == 1

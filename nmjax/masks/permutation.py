@@ -19,6 +19,7 @@ T[p, q] − T[p, p] + T[q, p] − T[q, q].
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import time
@@ -47,8 +48,8 @@ class Permutation:
       before: Share of Σ|w| that the N:M mask keeps in the original order.
       after: The share that it keeps in this order; never less.
       seconds: Time that the search took so far.
-      finished: Whether the search ended by itself, not by its time limit. Only then is
-        the result a function of weight and seed alone.
+      finished: Whether the search ended by itself, not by its time limit: only then do
+        weight and seed alone decide the result.
     """
 
     order: np.ndarray
@@ -56,9 +57,6 @@ class Permutation:
     after: float
     seconds: float
     finished: bool
-
-
-OnProgress = Callable[[Permutation], None]
 
 
 def search_permutation(
@@ -69,7 +67,7 @@ def search_permutation(
     seed: int = 0,
     escapes: int = 8,
     max_seconds: float = 30.0,
-    on_progress: OnProgress | None = None,
+    on_progress: Callable[[Permutation], None] | None = None,
 ) -> Permutation:
     """Looks for an order of the channels in which an N:M mask keeps more magnitude.
 
@@ -99,9 +97,7 @@ def search_permutation(
     pattern, axis = NMPattern(pattern), operator.index(axis)
     a = _magnitudes(w, pattern, axis)
     if escapes < 0 or not max_seconds >= 0:
-        raise ValueError(
-            f"escapes={escapes} and max_seconds={max_seconds} must be at least 0"
-        )
+        raise ValueError(f"{escapes=} and {max_seconds=} must be at least 0")
     total = a.sum(dtype=np.float64)
     order = np.arange(len(a)).reshape(-1, pattern.m)
     original = best = _kept(a[order], pattern.n)
@@ -143,17 +139,15 @@ def _magnitudes(w: Any, pattern: NMPattern, axis: int) -> np.ndarray:
 
 def _kept(values: np.ndarray, n: int) -> float:
     """Σ of the n largest of axis 1 of (groups, m, columns), in float64."""
-    m = values.shape[1]
-    kept = np.partition(values, m - n, axis=1)[:, m - n :] if n < m else values
-    return kept.sum(dtype=np.float64)
+    first = values.shape[1] - n
+    return np.partition(values, first, axis=1)[:, first:].sum(dtype=np.float64)
 
 
 def _local_searches(
     a: np.ndarray, groups: np.ndarray, pattern: NMPattern, seed: int, escapes: int
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yields what is kept and the groups, (groups, m), after each round of swaps."""
-    n, m = pattern.n, pattern.m
-    number = len(groups)
+    n, m, number = pattern.n, pattern.m, len(groups)
     if n == m or number < 2:
         return
     rng = np.random.default_rng(seed)
@@ -277,8 +271,7 @@ def permute_chain(
         all variables, such as `{"params": …, "batch_stats": …}`.
       links: The channels to permute.
       pattern: n kept of every m.
-      seed: As in `search_permutation`.
-      escapes: As in `search_permutation`.
+      seed, escapes: As in `search_permutation`.
       max_seconds: Time limit of all links together, shared evenly.
       on_progress: Called with the link and its best order so far.
       verify: Maps a tree like `params` to the network's outputs for some input:
@@ -292,33 +285,25 @@ def permute_chain(
         channels beside a producer is not named, or `verify` finds another function; the
         links and paths at fault are named.
     """
-    leaves = dict(named_leaves(params))
-    links = list(links)
+    leaves, links = named_leaves(params), list(links)
     _check_links(leaves, links, NMPattern(pattern))
     start, found = time.monotonic(), {}
     for i, link in enumerate(links):
-        weights = [np.asarray(leaves[path]) for path in link.consumers]
-        rows = [
-            np.moveaxis(w, link.axis, 0).reshape(w.shape[link.axis], -1)
-            for w in weights
-        ]
-        left = max_seconds - (time.monotonic() - start)
+        weights = [np.asarray(leaves[path], np.float32) for path in link.consumers]
+        rows = [np.moveaxis(w, link.axis, 0) for w in weights]
+        left = max(0.0, max_seconds - (time.monotonic() - start))
         found[link] = search_permutation(
-            np.concatenate([row.astype(np.float32) for row in rows], axis=1),
+            np.concatenate([row.reshape(len(row), -1) for row in rows], axis=1),
             pattern,
             seed=seed,
             escapes=escapes,
-            max_seconds=max(0.0, left) / (len(links) - i),
-            on_progress=on_progress and _tell(on_progress, link),
+            max_seconds=left / (len(links) - i),
+            on_progress=on_progress and functools.partial(on_progress, link),
         )
     permuted = _apply(params, leaves, found)
     if verify is not None:
         _verify(params, leaves, permuted, found, verify)
     return permuted, found
-
-
-def _tell(on_progress, link: Link) -> OnProgress:
-    return lambda best: on_progress(link, best)
 
 
 def _check_links(leaves: dict[str, Any], links: list[Link], pattern: NMPattern) -> None:
@@ -341,7 +326,7 @@ def _check_links(leaves: dict[str, Any], links: list[Link], pattern: NMPattern) 
 
 
 def _check_sizes(leaves: dict[str, Any], link: Link, pattern: NMPattern) -> None:
-    sizes = {}
+    sizes = {p: leaves[p].shape[-1] if leaves[p].ndim else 0 for p in link.producers}
     for path in link.consumers:
         if not -leaves[path].ndim <= link.axis < 0:
             raise ValueError(
@@ -349,8 +334,6 @@ def _check_sizes(leaves: dict[str, Any], link: Link, pattern: NMPattern) -> None
                 "link's axis counts from the end"
             )
         sizes[path] = leaves[path].shape[link.axis]
-    for path in link.producers:
-        sizes[path] = leaves[path].shape[-1]
     if len(set(sizes.values())) > 1:
         raise ValueError(
             f"these do not have the same channels: {sizes} (consumers along axis "
@@ -360,11 +343,11 @@ def _check_sizes(leaves: dict[str, Any], link: Link, pattern: NMPattern) -> None
     (size,) = set(sizes.values())
     if size % pattern.m:
         raise ValueError(
-            f"{link.consumers} contract {size} channels, not a multiple of "
-            f"m = {pattern.m} (pattern {pattern}): they have no groups to permute"
+            f"{link.consumers} contract {size} channels, not a multiple of m = "
+            f"{pattern.m} (pattern {pattern}): they have no groups to permute"
         )
     for path, leaf in leaves.items():
-        beside = any(_same_layer(path, producer) for producer in link.producers)
+        beside = any(_belongs(path, producer) for producer in link.producers)
         if beside and path not in link.producers and leaf.shape[-1:] == (size,):
             raise ValueError(
                 f"{path!r} belongs to the layer of {link.producers} and has "
@@ -372,12 +355,13 @@ def _check_sizes(leaves: dict[str, Any], link: Link, pattern: NMPattern) -> None
             )
 
 
-def _same_layer(path: str, other: str) -> bool:
-    """Whether two arrays are of one layer, in one collection or in two."""
-    parent, other_parent = path.split("/")[:-1], other.split("/")[:-1]
-    return parent == other_parent or (
-        len(parent) > 1 and len(other_parent) > 1 and parent[1:] == other_parent[1:]
-    )
+def _belongs(path: str, producer: str) -> bool:
+    """Whether an array is a bias or statistic of the layer that holds a producer."""
+    *parent, name = path.split("/")
+    layer = producer.split("/")[:-1]
+    # The same layer in one collection, or in two, as "params" and "batch_stats".
+    same = parent == layer or (len(layer) > 1 and parent[1:] == layer[1:])
+    return same and name in ("bias", "scale", "mean", "var")
 
 
 def _apply(params: Any, leaves: dict[str, Any], found: dict[Link, Permutation]) -> Any:
@@ -409,9 +393,8 @@ def _verify(params, leaves, permuted, found, verify) -> None:
 
 def _close(actual: Any, expected: Any) -> bool:
     """Equal up to the rounding of sums in another order, 1e-3 of the largest output."""
-
-    def close(a, b):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return bool((np.abs(a - b) <= 1e-3 * np.abs(b).max(initial=0)).all())
-
-    return all(jax.tree.leaves(jax.tree.map(close, actual, expected)))
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    return all(
+        np.allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max(initial=0))
+        for a, b in pairs
+    )

@@ -13,7 +13,7 @@ from nmjax.pattern import NMPattern
 
 
 def check_tiles(x: jax.Array, pattern: NMPattern) -> jax.Array:
-    """Returns `x`, or raises unless m x m tiles fill the last two axes on each device."""
+    """Returns `x`; raises unless m x m tiles fill its last two axes on each device."""
     if x.ndim < 2:
         raise ValueError(
             f"scores of shape {x.shape}: tiles of {pattern.m}x{pattern.m} need two axes"
@@ -33,8 +33,8 @@ def check_tiles(x: jax.Array, pattern: NMPattern) -> jax.Array:
         shard = size // math.prod(mesh.shape[name] for name in names)
         if shard % pattern.m:
             raise ValueError(
-                f"axis {axis} of shape {x.shape} is sharded into parts of {shard}, not a "
-                f"multiple of m = {pattern.m} (pattern {pattern}), and tiles never "
+                f"axis {axis} of shape {x.shape} is sharded into parts of {shard}, not "
+                f"a multiple of m = {pattern.m} (pattern {pattern}), and tiles never "
                 "straddle devices: shard another axis, or jax.reshard this array first"
             )
     return x
@@ -42,12 +42,34 @@ def check_tiles(x: jax.Array, pattern: NMPattern) -> jax.Array:
 
 def to_tiles(x: jax.Array, m: int) -> jax.Array:
     """`(..., R, C)` -> `(m, m, ..., R/m, C/m)`."""
-    *lead, rows, columns = x.shape
-    tiles = x.reshape(*lead, rows // m, m, columns // m, m)
-    return jnp.moveaxis(tiles, (-3, -1), (0, 1))
+    return jnp.moveaxis(_split(x, m), (-3, -1), (0, 1))
 
 
 def from_tiles(tiles: jax.Array) -> jax.Array:
     """The inverse of `to_tiles`."""
-    m, _, *lead, rows, columns = tiles.shape
-    return jnp.moveaxis(tiles, (0, 1), (-3, -1)).reshape(*lead, rows * m, columns * m)
+    return _merge(jnp.moveaxis(tiles, (0, 1), (-3, -1)))
+
+
+def tile_entries(x: jax.Array, m: int) -> list[list[jax.Array]]:
+    """The `[row][column]` of `to_tiles`, as slices: nothing is transposed."""
+    x = _split(x, m)
+    return [[x[..., r, :, c] for c in range(m)] for r in range(m)]
+
+
+def from_entries(entries: list[list[jax.Array]]) -> jax.Array:
+    """The inverse of `tile_entries`."""
+    return _merge(jnp.stack([jnp.stack(row, axis=-1) for row in entries], axis=-3))
+
+
+def _split(x: jax.Array, m: int) -> jax.Array:
+    """`(..., R, C)` -> `(..., R/m, m, C/m, m)`."""
+    *lead, rows, columns = x.shape
+    # One axis at a time: of an array with an explicit sharding reshape splits but one.
+    x = x.reshape(*lead, rows, columns // m, m)
+    return x.reshape(*lead, rows // m, m, columns // m, m)
+
+
+def _merge(x: jax.Array) -> jax.Array:
+    *lead, rows, m, columns, _ = x.shape
+    x = x.reshape(*lead, rows, m, columns * m)
+    return x.reshape(*lead, rows * m, columns * m)

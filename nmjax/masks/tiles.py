@@ -15,15 +15,16 @@ weights signed ranking keeps 54 % of the magnitude, greedy 69 %, `transposable_m
 70 %.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from nmjax.masks.greedy import greedy_tiles
+from nmjax.masks.greedy import greedy_entries
 from nmjax.masks.magnitude import _keys, _real, magnitude_mask, nm_mask
-from nmjax.masks.tile_layout import check_tiles, from_tiles, to_tiles
+from nmjax.masks.tile_layout import check_tiles, from_entries, tile_entries
 from nmjax.pattern import NMPattern
 
 TileAlgorithm = Literal[
@@ -66,9 +67,7 @@ def tile_mask(x: ArrayLike, algorithm: TileAlgorithm | str) -> jax.Array:
     if algorithm == "largest_abs_notranspose":
         return magnitude_mask(x, _2TO4, axis=-1)
     x = check_tiles(_real(x), _2TO4)
-    magnitude = algorithm == "largest_abs_values_greedy"
-    choose = _causal_tiles if algorithm == "causal1122" else _greedy_tiles
-    return from_tiles(choose(to_tiles(_keys(x, magnitude), 4)))
+    return _tile_mask(x, algorithm)
 
 
 def sparsify_like(x: ArrayLike, mask: ArrayLike) -> jax.Array:
@@ -87,30 +86,37 @@ def sparsify_like(x: ArrayLike, mask: ArrayLike) -> jax.Array:
     x, mask = jnp.asarray(x), jnp.asarray(mask)
     if mask.shape != x.shape or mask.dtype != jnp.bool_:
         raise ValueError(
-            f"a mask of shape {mask.shape} and dtype {mask.dtype} does not fit an array "
-            f"of shape {x.shape}: pass a boolean mask of the same shape"
+            f"a mask of shape {mask.shape} and dtype {mask.dtype} does not fit an "
+            f"array of shape {x.shape}: pass a boolean mask of the same shape"
         )
     return jnp.where(mask, x, jnp.zeros_like(x))
 
 
-@jax.jit
-def _greedy_tiles(keys: jax.Array) -> jax.Array:
-    return greedy_tiles(keys, 2)
+@functools.partial(jax.jit, static_argnames="algorithm")
+def _tile_mask(x: jax.Array, algorithm: str) -> jax.Array:
+    magnitude = algorithm == "largest_abs_values_greedy"
+    keys = tile_entries(_keys(x.astype(jnp.float32), magnitude), 4)
+    if algorithm == "causal1122":
+        return from_entries(_causal(keys))
+    return from_entries(greedy_entries(keys, 2))
 
 
-@jax.jit
-def _causal_tiles(keys: jax.Array) -> jax.Array:
+def _causal(keys: list[list[jax.Array]]) -> list[list[jax.Array]]:
     """Row after row keeps its largest entries in the columns that have room."""
-    column_room = jnp.full(keys.shape[1:], 2, jnp.int32)
-    place = jnp.arange(4, dtype=jnp.int32).reshape(4, *[1] * (keys.ndim - 2))
+    column_room = [jnp.full_like(key, 2) for key in keys[0]]
     rows = []
     for row, largest in zip(keys, (1, 1, 2, 2), strict=True):
-        fits = column_room > 0
-        rank = jnp.zeros_like(column_room)
-        for j in range(4):
-            precedes = jnp.where(j < place, row[j] >= row, row[j] > row)
-            rank += (fits[j] & precedes).astype(jnp.int32)
-        kept = fits & (rank < largest)
-        column_room -= kept.astype(jnp.int32)
+        fits = [room > 0 for room in column_room]
+        kept = []
+        for c in range(4):
+            rank = jnp.zeros_like(row[c])
+            for j in range(4):
+                precedes = row[j] >= row[c] if j < c else row[j] > row[c]
+                rank += (fits[j] & precedes).astype(jnp.int32)
+            kept.append(fits[c] & (rank < largest))
+        column_room = [
+            room - k.astype(jnp.int32)
+            for room, k in zip(column_room, kept, strict=True)
+        ]
         rows.append(kept)
-    return jnp.stack(rows)
+    return rows

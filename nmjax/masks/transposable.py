@@ -1,13 +1,13 @@
 """Transposable N:M masks: `n` of every `m` kept along both of the last two axes.
 
 A sparse tensor core multiplies by `W` along its rows and by its transpose along its
-columns, so one mask serves the forward pass and the gradient of the input if every m x m
+columns, so one mask serves the forward pass and the gradient of the input if each m x m
 tile has n entries in every row and every column (arXiv:2102.08124). The best such mask
 is a small optimisation problem per tile, solved here exactly.
 """
 
 import functools
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,13 @@ from nmjax.masks.cycle_cancelling import (
 from nmjax.masks.entropic import entropic_tiles
 from nmjax.masks.greedy import greedy_tiles
 from nmjax.masks.magnitude import _keys, _real
-from nmjax.masks.tile_layout import check_tiles, from_tiles, to_tiles
+from nmjax.masks.tile_layout import (
+    check_tiles,
+    from_entries,
+    from_tiles,
+    tile_entries,
+    to_tiles,
+)
 from nmjax.pattern import NMPattern
 from pallas_kernels.tile_selection import transposable_2to4, unpack_tile
 
@@ -45,6 +51,24 @@ class CertifiedMask(NamedTuple):
     rounds: jax.Array
 
 
+@overload
+def transposable_mask(
+    scores: ArrayLike,
+    pattern: str | NMPattern,
+    *,
+    at_most: bool = False,
+    method: Method = "exact",
+    certificate: Literal[False] = False,
+) -> jax.Array: ...
+@overload
+def transposable_mask(
+    scores: ArrayLike,
+    pattern: str | NMPattern,
+    *,
+    at_most: bool = False,
+    method: Method = "exact",
+    certificate: Literal[True],
+) -> CertifiedMask: ...
 def transposable_mask(
     scores: ArrayLike,
     pattern: str | NMPattern,
@@ -52,38 +76,38 @@ def transposable_mask(
     at_most: bool = False,
     method: Method = "exact",
     certificate: bool = False,
-):
+) -> jax.Array | CertifiedMask:
     """Keeps `n` of every `m` along both of the last two axes, with the largest sum.
 
-    The last two axes are cut into m x m tiles (the `(in, out)` matrix of a Dense kernel;
-    of an HWIO conv kernel, that of each position), and the mask of each tile solves
+    The last two axes, the `(in, out)` matrix of a Dense kernel or of each position of
+    an HWIO conv kernel, are cut into m x m tiles. The mask E of a tile S solves
 
         max_E  sum_ij E_ij S_ij    with  sum_i E_ij = sum_j E_ij = n,  E_ij in {0, 1}
 
-    ("greedy" and "entropic" come close to it). The scores S are ranked as they are: for
-    weights pass magnitudes. They are compared in float32, and for patterns other than
-    2:4 rounded to 2^-24 of the largest of their tile, so the sum is the optimum up to m
-    times 2^-23 of the largest score of the tile, which is what float32 sums resolve.
+    ("greedy" and "entropic" come close to it). Scores are ranked as they are: for
+    weights pass magnitudes. 2:4 compares float32 sums, other patterns exact sums of
+    scores that were rounded to 2^-24 of the largest of their tile. Either way no mask
+    has a sum larger by more than m^2 2^-22 times the largest magnitude in the tile.
 
-    +inf is kept before, and -inf after, all finite scores of the tile together, and
-    NaN counts as two of -inf; the finite scores of such a tile are rounded to 2^-16 of
-    the largest. Ties are decided by a fixed rule, the same on every device: for 2:4
-    that of `transposable_2to4`, which keeps columns 0 and 1 of rows 0 and 1 of a constant
-    tile, and columns 2 and 3 of the others; else the mask nearest to hand from one that
-    keeps columns i to i + n - 1 (mod m) of row i. Nothing is differentiated: the mask is
-    a constant to `jax.grad`.
+    +inf is kept before, and -inf after, all finite scores of the tile together; NaN
+    counts as two of -inf. (Other than for 2:4, finite scores beside them are rounded to
+    2^-16 of the largest.) Ties are decided by a fixed rule, the same on every device:
+    2:4 keeps columns 0 and 1 of rows 0 and 1 of a constant tile, and columns 2 and 3 of
+    the other two; other patterns start from columns i to i + n - 1 (mod m) of row i,
+    and leave that only for a strictly larger sum. Nothing is differentiated: the mask
+    is a constant to `jax.grad`.
 
     Args:
       scores: Real array `(..., R, C)` of any real dtype; m divides R and C.
-      pattern: The N:M pattern, with m up to 32 (any m with `method="greedy"`).
+      pattern: The N:M pattern, with m up to 32.
       at_most: Allow fewer than n in a row or column, which the hardware takes as well:
         of 2:4 there are 96 such masks besides the 90 with two everywhere. The sum is
-        never smaller (0.06 % larger for normal weights), and no entry could be added.
+        never smaller (0.05 % larger for normal weights), and no entry could be added.
         Negative scores and NaN count as zero.
       method: "exact"; "greedy", from the largest score down, which may end with fewer
-        than n in a row and a column with or without `at_most`; or "entropic", optimal
-        transport with entropy, rounded (arXiv:2505.23949), n everywhere. The last two
-        are here to compare with: on a CPU they are slower than the exact one.
+        than n in a row and a column, with or without `at_most`; or "entropic", optimal
+        transport with entropy, rounded (arXiv:2505.23949), with n everywhere. The last
+        two are there to compare with.
       certificate: Also return how far from the optimum the mask can be.
 
     Returns:
@@ -91,19 +115,18 @@ def transposable_mask(
       `CertifiedMask`.
 
     Raises:
-      ValueError: If the pattern, the dtype or the method is not one of the above, or if
-        m does not divide one of the axes or the shards of one with an explicit sharding.
+      ValueError: If the pattern, the dtype or the method is not one of the above, or m
+        does not divide one of the axes, or its shards if its sharding is explicit.
     """
     pattern = NMPattern(pattern)
     scores = check_tiles(_real(jnp.asarray(scores)), pattern)
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}: expected one of {list(get_args(Method))}")
     if pattern.m > MAX_M and pattern.n < pattern.m:
-        if method != "greedy" or certificate:
-            raise ValueError(
-                f"pattern {pattern}: exact masks, entropic ones and certificates need "
-                f'm <= {MAX_M}; choose a smaller m, or method="greedy"'
-            )
+        raise ValueError(
+            f"pattern {pattern}: transposable masks need m <= {MAX_M}, since sets of "
+            "rows are 32-bit words; choose a smaller m"
+        )
     scores = lax.stop_gradient(scores)
     return _transposable_mask(scores, pattern, at_most, method, certificate)
 
@@ -157,33 +180,34 @@ def _transposable_mask(
     certificate: bool,
 ) -> jax.Array | CertifiedMask:
     n, m = pattern.n, pattern.m
+    if method == "exact" and (n, m) == (2, 4) and not certificate:
+        return _exact_2to4(scores, at_most)
     tiles, best = to_tiles(scores, m), None
     if n == m:
-        mask = jnp.ones(tiles.shape, jnp.bool_)
+        mask = jnp.ones_like(tiles, jnp.bool_)
     elif method == "greedy":
-        mask = greedy_tiles(_keys(tiles, magnitude=False), n)
+        mask = greedy_tiles(_keys(tiles.astype(jnp.float32), magnitude=False), n)
     elif method == "entropic":
         mask = entropic_tiles(integer_scores(tiles)[0], n)
     elif (n, m) == (2, 4):
-        mask = _exact_2to4(tiles, at_most)
+        mask = to_tiles(_exact_2to4(scores, at_most), m)
     else:
         best = best_tiles(integer_scores(tiles, at_most=at_most)[0], n, at_most=at_most)
         mask = best.mask
     if not certificate:
         return from_tiles(mask)
     if n == m:
-        return CertifiedMask(
-            from_tiles(mask), jnp.zeros(tiles.shape[2:], jnp.float32), jnp.int32(0)
-        )
+        gap = jnp.zeros_like(tiles[0, 0], jnp.float32)
+        return CertifiedMask(from_tiles(mask), gap, jnp.int32(0))
     integers, unit = integer_scores(tiles, at_most=at_most)
     best = best or best_tiles(integers, n, at_most=at_most)
     gap = _gap(tiles, mask, n, integers, unit, best, at_most)
     return CertifiedMask(from_tiles(mask), gap, best.rounds)
 
 
-def _exact_2to4(tiles: jax.Array, at_most: bool) -> jax.Array:
-    bits = transposable_2to4([list(row) for row in tiles], at_most=at_most)
-    return jnp.stack([jnp.stack(row) for row in unpack_tile(bits)])
+def _exact_2to4(scores: jax.Array, at_most: bool) -> jax.Array:
+    bits = transposable_2to4(tile_entries(scores, 4), at_most=at_most)
+    return from_entries(unpack_tile(bits))
 
 
 def _gap(
@@ -204,7 +228,9 @@ def _gap(
     scores = tiles.astype(jnp.float32)
     if at_most:
         scores = jnp.where(scores > 0, scores, 0)
-    rounding = jnp.where(jnp.isfinite(scores), scores - unit * integers, 0)
+    rounding = jnp.where(
+        jnp.isfinite(scores), scores - unit * integers.astype(jnp.float32), 0
+    )
     over = integers - best.row_price[:, None] - best.column_price[None]
     reduced = unit * over.astype(jnp.float32) + rounding
     gap = jnp.maximum(jnp.where(mask, -reduced, reduced), 0).sum((0, 1))

@@ -8,7 +8,6 @@ import jax
 from flax import nnx
 
 from nmjax.nnx.layers import (
-    NMLogits,
     keeps_entry,
     kept_entry,
     make_dense,
@@ -17,6 +16,7 @@ from nmjax.nnx.layers import (
     store_key,
 )
 from nmjax.nnx.recording import Weight, find_weights
+from nmjax.nnx.variables import NMLogits
 from nmjax.paths import nest
 from nmjax.planning import Plan, check_entry_sharding, log_dense_layers, make_plan
 from nmjax.rules import Rule

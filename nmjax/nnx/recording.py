@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from nmjax.nnx.variables import NMLogits
 from nmjax.planning import EMBEDDING, Candidate, is_weight
 from nmjax.recording import OWN_PARAMETER, einsum_axes, einsum_out_axes
 
@@ -71,7 +72,7 @@ def find_weights(model: nnx.Module) -> dict[str, Weight]:
         if not hasattr(param.get_value(), "shape"):  # a bare number, a tree of arrays
             continue
         weight = make_weight(path, param, holders.get(id(param), ()))
-        if is_weight(path, weight.ndim) and path.rsplit("/", 1)[-1] != "nm_logits":
+        if is_weight(path, weight.ndim) and not isinstance(param, NMLogits):
             weights[path] = weight
     return weights
 
@@ -112,6 +113,7 @@ def make_weight(
         layer=type(layers[0]).__name__,
         axes=uses[0],
         out_axes=_output_axes(layers[0]),
+        out_parts=getattr(layers[0], "feature_group_count", 1),
         stacked=tuple(range(-value.ndim, -len(_own_shape(layers[0])))),
         weight_only=isinstance(layers[0], nnx.ConvTranspose),
         reason=next(filter(None, reasons), ""),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.core import Tracer
 
@@ -56,10 +57,16 @@ class Calibration:
           masks: Which `Recipe.mask` the method can make.
 
         Raises:
-          ValueError: There are no batches; a linen model came without variables or an
-            nnx model with them; the plan has nothing sparse, or other masks.
+          ValueError: There are no batches, or an array instead; a linen model came
+            without variables or an nnx model with them; the plan has nothing sparse, or
+            other masks.
           PlanError: As `nmjax.plan`.
         """
+        if isinstance(batches, jax.Array | np.ndarray):
+            raise ValueError(
+                f"batches is one array of shape {batches.shape}, whose rows would be "
+                "taken for batches: give a list of batches, [x]"
+            )
         self._batches = [b if isinstance(b, tuple) else (b,) for b in batches]
         self._kwargs = dict(kwargs or {})
         if not self._batches:
@@ -98,25 +105,24 @@ class Calibration:
           ValueError: As `inputs`.
         """
         paths = [entry.path for entry in self.plan.sparse]
-        calls = self.inputs(self.params, paths, self._batches[:1])
+        calls = self.inputs(self.params, paths)
         return list(dict.fromkeys(layer.path for layer, _ in calls))
 
     def inputs(
-        self, params: Any, paths: Sequence[str], batches: list[tuple] | None = None
+        self, params: Any, paths: Sequence[str]
     ) -> Iterator[tuple[Layer, jax.Array]]:
         """Runs the model and yields every call of the layers that are asked for.
 
         Args:
           params: Parameters to run it with, a tree like the attribute of this name.
           paths: Paths of kernels.
-          batches: Instead of all of them.
 
         Raises:
           ValueError: A layer was not called by any batch, or is part of a scan, vmap,
             remat or jit, out of which its input cannot be taken.
         """
         missing = dict.fromkeys(paths)
-        for batch in self._batches if batches is None else batches:
+        for batch in self._batches:
             calls: list[tuple[Layer, jax.Array]] = []
 
             def note(path, module, x, calls=calls):
@@ -184,8 +190,9 @@ def with_leaves(params: Any, new: Mapping[str, Any]) -> Any:
 
 
 def _note_linen(note, next_function, args, kwargs, context):
-    layer = context.module
-    if context.method_name == "__call__" and layer.scope is not None:
+    layer, scope = context.module, context.module.scope
+    called = context.method_name == "__call__"
+    if called and scope is not None and scope.has_variable("params", "kernel"):
         path = "/".join((*layer.path, "kernel"))
         if getattr(layer, "nm_recipe", None) is not None:
             raise ValueError(

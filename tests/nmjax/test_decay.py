@@ -1,5 +1,7 @@
 """λ(1 − E)W as a gradient transformation: once for each optimizer step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -287,3 +289,50 @@ def test_a_kept_mask_is_needed(rng):
     with pytest.raises(ValueError, match="does not make sparse"):
         nm = {"v": {"mask": jnp.ones((8, 4), bool)}}
         tx.update(params, tx.init(params), params, nm=nm)
+
+
+# The rule that picks λ
+
+
+def test_the_least_decay_in_the_range_is_picked():
+    rates = {1e-3: 0.005, 2e-4: 0.0093, 6e-5: 0.0097, 6e-4: 0.007}
+    assert nmjax.choose_decay(0.01, rates) == 2e-4
+    assert nmjax.choose_decay(0.01, rates, high=0.75) == 6e-4
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({1e-4: 0.02, 1e-5: 0.03}, "try some above 0.0001"),
+        ({1e-2: 0.001}, "try some below 0.01"),
+        ({1e-3: 0.02, 1e-2: 0.001}, "above 0.001 and below 0.01"),
+        ({}, "expected finite flip rates"),
+        ({1e-3: float("nan")}, "expected finite flip rates"),
+    ],
+)
+def test_rates_that_decide_nothing_are_refused(rates, message):
+    with pytest.raises(ValueError, match=message):
+        nmjax.choose_decay(0.01, rates)
+    with pytest.raises(ValueError, match="dense flip rate must be above 0, got 0"):
+        nmjax.choose_decay(0, {1e-3: 0.01})
+
+
+def test_masked_decay_of_2by4_reads_the_stored_transposable_mask():
+    rng = np.random.default_rng(0)
+    params = {"kernel": dyadic(rng, 8, 8)}
+    recipe = recipes.two_by_four(decay=DECAY)
+    weight = dataclasses.replace(recipe, wgrad=None)  # a bare parameter has no GEMM
+    plan = plan_params(params, [Rule(".*", weight)])
+    state = nmjax.init_state(dyadic_tree(rng), plan)  # masks of other weights
+    tx = nmjax.add_decay(plan)
+    gradient = {"kernel": dyadic(rng, 8, 8)}
+    update, _ = tx.update(gradient, tx.init(params), params, nm=state)
+    mask, w = np.asarray(state["kernel"]["mask"]), np.asarray(params["kernel"])
+    expected = np.asarray(gradient["kernel"]) + DECAY * np.where(mask, 0, w)
+    np.testing.assert_array_equal(update["kernel"], expected)
+    assert (mask.reshape(2, 4, 8).sum(1) == 2).all()
+    assert (mask.reshape(8, 2, 4).sum(2) == 2).all()
+
+
+def dyadic_tree(rng):
+    return {"kernel": dyadic(rng, 8, 8)}

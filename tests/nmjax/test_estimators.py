@@ -332,3 +332,70 @@ def test_forward_mode_names_densify(function, wrap):
     with pytest.raises(TypeError, match="forward-mode") as error:
         jax.jvp(wrap(lambda w: function(w, "2:4")), (w,), (w,))
     assert "nmjax.densify(model)" in "".join(traceback.format_exception(error.value))
+
+
+# Multipliers and the soft threshold
+
+
+def test_multipliers_act_on_the_gradient_before_the_decay():
+    w = jnp.asarray([[1.0], [-3.0], [2.0], [-0.5]])  # kept: -3 and 2
+    mask = estimators.magnitude_mask(w, "2:4")
+    cotangent = jnp.asarray([[1.0], [2.0], [3.0], [4.0]])
+
+    def gradient(decay):
+        masked = lambda w: estimators.straight_through(w, mask, decay, (2.0, 0.5))  # noqa: E731
+        value, vjp = jax.vjp(masked, w)
+        np.testing.assert_array_equal(value[:, 0], [0, -3, 2, 0])
+        return vjp(cotangent)[0][:, 0]
+
+    np.testing.assert_array_equal(gradient(0), [0.5, 4, 6, 2])
+    np.testing.assert_array_equal(gradient(0.5), [1.0, 4, 6, 1.75])
+
+
+def test_s_ste_by_hand():
+    w = jnp.asarray([[1.0], [-3.0], [2.0], [-0.5]])
+    # t = 1; S = (0, -2, 1, 0); beta = (6 + 2) / (4 + 1)
+    value, vjp = jax.vjp(lambda w: estimators.s_ste(w, "2:4"), w)
+    np.testing.assert_allclose(value[:, 0], [0, -3.2, 1.6, 0], rtol=1e-6)
+    cotangent = jnp.asarray([[1.0], [2.0], [3.0], [4.0]])
+    np.testing.assert_array_equal(vjp(cotangent)[0], cotangent)  # the identity's
+    fixed = estimators.s_ste(w, "2:4", scale=0.5)
+    np.testing.assert_allclose(fixed[:, 0], [0, -1, 0.5, 0])
+
+
+@pytest.mark.parametrize("axis", [-2, -1, 0])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 8), (4, 4)])
+def test_the_soft_threshold_is_the_definition(rng, axis, n, m):
+    w = rng.normal(size=(8, 8, 8)).astype(np.float32)
+    rows = np.moveaxis(w, axis, -1).reshape(-1, m)
+    order = np.sort(np.abs(rows), -1)
+    t = order[:, m - n - 1 : m - n] if n < m else np.zeros((len(rows), 1))
+    s = np.sign(rows) * np.maximum(np.abs(rows) - t, 0)
+    expected = np.moveaxis(s.reshape(np.moveaxis(w, axis, -1).shape), -1, axis)
+    beta = (w * expected).sum(dtype=np.float64) / (expected**2).sum(dtype=np.float64)
+    actual = jax.jit(lambda w: estimators.s_ste(w, f"{n}:{m}", axis))(w)
+    np.testing.assert_allclose(actual, beta * expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_soft_threshold_is_continuous_where_the_order_changes():
+    below = jnp.asarray([[1.0], [2.0 - 1e-6], [2.0], [3.0]])
+    above = jnp.asarray([[1.0], [2.0 + 1e-6], [2.0], [3.0]])
+    hard = [estimators.ste(w, "2:4")[1, 0] for w in (below, above)]
+    soft = [estimators.s_ste(w, "2:4", scale=1.0)[1, 0] for w in (below, above)]
+    assert abs(hard[0] - hard[1]) > 1.9
+    assert abs(soft[0] - soft[1]) < 3e-6
+
+
+def test_a_soft_threshold_of_constant_weights_is_zero_and_not_nan():
+    value = estimators.s_ste(jnp.ones((8, 2)), "2:4")
+    np.testing.assert_array_equal(value, 0)
+
+
+def test_stacked_weights_have_a_scale_each(rng):
+    w = jnp.asarray(rng.normal(size=(3, 8, 4)), jnp.float32)
+    mask = estimators.magnitude_mask(w, "2:4")
+    scale = estimators.soft_threshold_scale(w, mask, "2:4", over=(-2, -1))
+    assert scale.shape == (3, 1, 1)
+    for i in range(3):
+        one = estimators.soft_threshold_scale(w[i], mask[i], "2:4")
+        np.testing.assert_allclose(scale[i], one, rtol=1e-6)

@@ -184,3 +184,61 @@ def test_under_scan_and_remat():
         Stack().apply({"params": params}, X), expected, rtol=1e-5, atol=1e-6
     )
     assert nmjax.plan(Stack(), [], X)["blocks/d/kernel"].axes == (-2,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        ("Dense", recipes.transposable("2:4")),
+        ("Dense", recipes.s_ste("2:4")),
+        ("Dense", recipes.learned("2:4")),
+        ("Dense", recipes.two_by_four()),
+        ("square Einsum", recipes.fst()),
+        ("square Einsum", recipes.semi_sparse_activation()),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_a_layer_of_its_own_recipe_is_a_sparsified_one(kind, recipe):
+    make = {
+        "Dense": lambda lib, **kw: lib.Dense(16, **kw),
+        "square Einsum": lambda lib, **kw: lib.Einsum(
+            (8, 2, 4), "bhwc,cde->bhwde", **kw
+        ),
+    }[kind]
+    ours, theirs = make(nmjax.linen, recipe=recipe), make(nn)
+    variables = theirs.init(jax.random.key(0), X)
+    jax.tree.map(
+        np.testing.assert_array_equal, ours.init(jax.random.key(0), X), variables
+    )
+    plan = nmjax.plan(ours, [], X)
+    params = variables["params"]
+    more = {
+        "nm": nmjax.init_state(params, plan),
+        "nm_logits": nmjax.init_logits(params, plan),
+    }
+    key = {"nm": jax.random.key(1)}
+    sparse = nmjax.sparsify(theirs, [nmjax.Rule(".*", recipe)])
+
+    def value_and_gradient(layer, rngs):
+        def loss(params):
+            y = layer.apply({"params": params, **more}, X, rngs=rngs)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    (_, y), (_, expected) = (value_and_gradient(m, key) for m in (ours, sparse))
+    if not recipe.draws:  # each draws in its own way
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    still = [m.apply({"params": params, **more}, X) for m in (ours, sparse)]
+    np.testing.assert_allclose(*still, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_mask_is_of_the_master_weights_too():
+    x, dy = jnp.eye(8), jnp.eye(8)
+    kernel = (1 + jnp.arange(8)[None, :] * 1e-4) * jnp.ones((8, 8))
+    layer = nn.Dense(8, use_bias=False, dtype=jnp.bfloat16)
+    layer = nmjax.sparsify(layer, [nmjax.Rule(".*", recipes.bi_mask("2:4"))])
+    _, vjp = jax.vjp(lambda x: layer.apply({"params": {"kernel": kernel}}, x), x)
+    (dx,) = vjp(dy.astype(jnp.bfloat16))
+    kept = nmjax.magnitude_mask(kernel, "2:4", axis=-1)
+    np.testing.assert_array_equal(dx.T != 0, kept)

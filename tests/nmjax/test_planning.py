@@ -406,3 +406,15 @@ def test_inside_shard_map_the_local_shape_counts():
     with pytest.raises(ValueError, match="size 2, not a multiple of m = 4"):
         run(jnp.ones((8, 8)))
     assert run(jnp.ones((16, 8))).shape == (16, 8)
+
+
+def test_a_sharding_that_cuts_groups_along_the_outputs_is_refused():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P(None, "model"))  # parts of 2 columns
+    params = {"kernel": jax.device_put(jnp.ones((8, 8)), sharding)}
+    assert plan_params(params, "2:4").sparse
+    for recipe in (recipes.transposable("2:4"), recipes.semi_sparse_weight()):
+        with pytest.raises(
+            PlanError, match="axis -1 of size 8 is sharded in parts of 2"
+        ):
+            plan_params(params, recipe)

@@ -6,10 +6,10 @@ import json
 import jax
 import pytest
 
-from nmjax import NMPattern, Recipe, recipes
+from nmjax import NMPattern, Recipe, Schedule, recipes
+from nmjax.masks.learned import Temperature
 
-NAMED = [
-    recipes.dense(),
+MAGNITUDE = [
     recipes.ste("2:4"),
     recipes.ste("1:4", refresh=40),
     recipes.sr_ste("2:4"),
@@ -17,6 +17,22 @@ NAMED = [
     recipes.one_shot("2:4"),
     recipes.frozen("2:4"),
     recipes.frozen("2:4", decay=1e-4, decay_in="optimizer"),
+]
+NAMED = [
+    recipes.dense(),
+    *MAGNITUDE,
+    recipes.ste("2:4", multipliers=(1.0, 0.5)),
+    recipes.ste("2:4", schedule=Schedule(0.1, patterns=((0.2, "1:4"),))),
+    recipes.transposable("4:8", decay=1e-4),
+    recipes.bi_mask("2:4"),
+    recipes.fst(),
+    recipes.semi_sparse_weight(),
+    recipes.semi_sparse_activation(),
+    recipes.two_by_four(),
+    recipes.s_ste("2:4"),
+    recipes.step("2:4"),
+    recipes.learned("2:4"),
+    recipes.learned("1:4", temperature=Temperature(2.0, 0.5, 9, "linear")),
 ]
 
 
@@ -49,6 +65,10 @@ def test_recipes_are_frozen():
         (recipes.sr_ste("2:4", refresh=40), True, True),
         (recipes.one_shot("2:4"), True, True),
         (recipes.frozen("2:4"), True, True),
+        (recipes.transposable("2:4"), True, True),
+        (recipes.semi_sparse_activation(), True, False),
+        (recipes.s_ste("2:4"), True, True),
+        (recipes.learned("2:4"), True, True),
     ],
 )
 def test_which_recipes_keep_a_mask(recipe, sparse, needs_state):
@@ -57,8 +77,30 @@ def test_which_recipes_keep_a_mask(recipe, sparse, needs_state):
 
 def test_what_the_named_recipes_say():
     """The rows of the design's table: operand of each GEMM, gradient, decay."""
-    for recipe in NAMED[1:]:
+    for recipe in MAGNITUDE:
         assert (recipe.fprop, recipe.dgrad, recipe.wgrad) == ("weight", None, None)
+        assert recipe.mask == "magnitude"
+    rows = {
+        recipes.transposable("2:4"): ("weight", "weight", None, "transposable"),
+        recipes.bi_mask("2:4"): ("weight", "weight-own-mask", None, "magnitude"),
+        recipes.fst(): (
+            *("weight", "weight-own-mask", "activation-fixed", "magnitude"),
+        ),
+        recipes.semi_sparse_weight(): ("weight", "weight", None, "tile"),
+        recipes.semi_sparse_activation(): ("activation", None, "activation", None),
+        recipes.two_by_four(): ("weight", "weight", "gradient", "transposable"),
+        recipes.s_ste("2:4"): ("weight", None, None, "soft-threshold"),
+        recipes.step("2:4"): ("weight", None, None, "magnitude"),
+        recipes.learned("2:4"): ("weight", None, None, "learned"),
+    }
+    for recipe, row in rows.items():
+        assert (recipe.fprop, recipe.dgrad, recipe.wgrad, recipe.mask) == row
+    two_by_four = recipes.two_by_four()
+    assert (two_by_four.refresh, two_by_four.decay_in) == (40, "optimizer")
+    assert two_by_four.schedule.dense_from == 5 / 6
+    assert recipes.transposable("2:4").refresh == 40
+    assert recipes.learned("2:4").gradient == "none"
+    assert recipes.semi_sparse_activation().tile == "largest_values_greedy"
     assert recipes.ste("2:4").gradient == "straight-through"
     assert recipes.ste("2:4").decay == 0
     assert recipes.sr_ste("2:4").decay == 2e-4
@@ -79,6 +121,9 @@ def test_equal_recipes_are_one_static_argument():
     assert jitted(2.0, recipes.sr_ste("2:4")) == 1
     assert jitted(2.0, recipes.sr_ste("2:4")) == 1
     assert len(traces) == 1
+
+
+changed = dataclasses.replace
 
 
 @pytest.mark.parametrize(
@@ -103,6 +148,42 @@ def test_equal_recipes_are_one_static_argument():
         ),
         (lambda: Recipe("mine", NMPattern("2:4")), "contradict each other"),
         (lambda: Recipe("mine", fprop="weight"), "contradict each other"),
+        (lambda: changed(recipes.ste("2:4"), mask=None), "contradict each other"),
+        (lambda: changed(recipes.ste("2:4"), dgrad="weight"), "along both axes"),
+        (
+            lambda: changed(recipes.bi_mask("2:4"), mask="soft-threshold"),
+            "goes with mask=\"magnitude\", got mask='soft-threshold'",
+        ),
+        (
+            lambda: changed(recipes.ste("2:4"), wgrad="activation"),
+            "wgrad='activation' and fprop='weight' contradict",
+        ),
+        (
+            lambda: changed(recipes.semi_sparse_activation(), wgrad="activation-fixed"),
+            "wgrad='activation-fixed' and fprop='activation' contradict",
+        ),
+        (lambda: changed(recipes.ste("2:4"), tile="causal1122"), "contradict"),
+        (lambda: recipes.semi_sparse_weight(algorithm="best"), "tile must be .*'best'"),
+        (
+            lambda: changed(
+                recipes.semi_sparse_weight(), tile="largest_abs_notranspose"
+            ),
+            "one axis",
+        ),
+        (
+            lambda: changed(recipes.semi_sparse_weight(), pattern=NMPattern("1:4")),
+            "4×4 tiles hold 2:4 masks, got pattern 1:4",
+        ),
+        (lambda: changed(recipes.learned("2:4"), temperature=None), "temperature"),
+        (lambda: changed(recipes.s_ste("2:4"), refresh=40), "at each use: refresh=40"),
+        (lambda: changed(recipes.s_ste("2:4"), decay=1e-4), "no effect"),
+        (lambda: changed(recipes.ste("2:4"), gradient="none"), 'mask="learned"'),
+        (lambda: recipes.ste("2:4", multipliers=(1.0,)), r"\(kept, dropped\), got"),
+        (lambda: recipes.ste("2:4", multipliers=(1.0, -1.0)), "at least 0, got -1.0"),
+        (
+            lambda: changed(recipes.one_shot("2:4"), multipliers=(2.0, 1.0)),
+            "no effect",
+        ),
     ],
 )
 def test_impossible_recipes_are_refused(make, message):
@@ -110,7 +191,9 @@ def test_impossible_recipes_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("field", ["fprop", "dgrad", "wgrad", "gradient", "decay_in"])
+@pytest.mark.parametrize(
+    "field", ["fprop", "dgrad", "wgrad", "mask", "gradient", "decay_in"]
+)
 def test_unknown_words_are_refused(field):
     """A recipe of another version must not turn into something silently dense."""
     fields = recipes.sr_ste("2:4").to_dict() | {field: "gradient-of-activations"}

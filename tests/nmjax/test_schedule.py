@@ -129,8 +129,11 @@ def test_a_schedule_that_a_recipe_cannot_follow_is_refused():
     for recipe in (recipes.s_ste, recipes.learned):
         with pytest.raises(ValueError, match="freeze_from needs a mask"):
             recipe("2:4", schedule=freeze)
-    with pytest.raises(ValueError, match="all have one m"):
-        recipes.ste("2:4", schedule=Schedule(patterns=((0.5, "2:8"),)))
+    for patterns in (((0.5, "2:8"),), ((0.2, "1:8"), (0.5, "2:4"))):
+        with pytest.raises(ValueError, match="all have one m"):
+            recipes.ste("2:4", schedule=Schedule(patterns=patterns))
+    with pytest.raises(ValueError, match="do not fit pattern None"):
+        Recipe("dense", schedule=Schedule(patterns=((0.5, "2:4"),)))
     with pytest.raises(ValueError, match="tiles are 2:4"):
         recipes.semi_sparse_weight(schedule=Schedule(patterns=((0.5, "1:4"),)))
     with pytest.raises(ValueError, match="leave no sparse phase"):
@@ -214,4 +217,3 @@ def test_a_border_compiles_once():
         plan = new
         loss(weights(step), state, plan)
     assert len(traces) == 2
-    assert Recipe("dense") == recipes.dense()

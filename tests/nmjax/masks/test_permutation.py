@@ -277,6 +277,15 @@ def test_links_that_cannot_be_meant(links, message):
         permute_chain(params, links, "2:4")
 
 
+def test_arrays_at_the_root_are_no_layer(rng):
+    # Beside one another, and with as many channels, but nobody's bias.
+    params = {"w1": rng.normal(size=(8, 16)), "w2": rng.normal(size=(16, 16))}
+    permuted, _ = permute_chain(params, [Link("w1", "w2")], "2:4")
+    np.testing.assert_allclose(
+        permuted["w1"] @ permuted["w2"], params["w1"] @ params["w2"], atol=1e-4
+    )
+
+
 def test_groups_must_fit_the_channels():
     params, _ = mlp()
     with pytest.raises(ValueError, match=r"'b/kernel'.*contract 16 channels.*m = 3"):

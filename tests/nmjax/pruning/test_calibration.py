@@ -140,6 +140,8 @@ def test_bad_arguments():
     kwargs = {"train": False}
     with pytest.raises(ValueError, match="no calibration batches"):
         calibrate(model, "2:4", [], variables, kwargs)
+    with pytest.raises(ValueError, match=r"one array of shape \(4, 8\).*a list"):
+        calibrate(model, "2:4", x, variables, kwargs)
     with pytest.raises(ValueError, match="got a Mlp without"):
         calibrate(model, "2:4", [x], None, kwargs)
     with pytest.raises(ValueError, match="got a Transformer with"):

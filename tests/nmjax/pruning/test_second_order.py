@@ -222,7 +222,12 @@ def test_foreign_linen_models(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["nnx_autoencoder", pytest.param("nnx_conv_net", marks=pytest.mark.slow)]
+    "name",
+    [
+        "nnx_autoencoder",
+        pytest.param("nnx_conv_net", marks=pytest.mark.slow),
+        pytest.param("nnx_transformer", marks=pytest.mark.slow),
+    ],
 )
 def test_foreign_nnx_models(name):
     model = MODELS[name].build()

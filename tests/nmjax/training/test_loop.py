@@ -163,6 +163,27 @@ def test_each_phase_is_restored_with_its_masks(uninterrupted):
     assert restore(run_dir / "best")["phase"] != "dense"  # however good it was
 
 
+@pytest.mark.slow
+def test_a_run_that_ends_dense(tmp_path):
+    """2by4's schedule: sparse, with sampled gradients, then dense; and resumed."""
+    schedule = nmjax.Schedule(dense_from=0.75)
+    recipe = nmjax.recipes.two_by_four(refresh=2, schedule=schedule)
+    rules = [RULES[0], nmjax.Rule(".*", recipe)]
+    whole = run(tmp_path / "whole", rules=rules)
+    rows = rows_of(tmp_path / "whole")
+    assert [r["phase"] for r in rows] == ["sparse"] * 6 + ["finish"] * 2
+    assert float(rows[0]["flip_rate"]) > 0
+    assert rows[-1]["flip_rate"] == ""
+    with pytest.raises(Crash):
+        run(tmp_path / "cut", rules=rules, data=FakeData(at_step=crash_at(10)))
+    resumed = run(tmp_path / "cut", rules=rules)
+    assert_same(resumed.state, whole.state)
+    found = restore(tmp_path / "cut", 8)
+    assert found["phase"] == "sparse"
+    assert found["plan"].sparse[0].recipe.schedule == schedule
+    nmjax.check(found["params"], found["plan"], found["masks"])
+
+
 def test_evaluate_agrees_with_the_run(uninterrupted):
     run_dir = uninterrupted[0]
     for path in (run_dir, run_dir / "best", run_dir / "checkpoints/4"):

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -344,3 +345,49 @@ def test_config_of_a_phase_keeps_what_shapes_a_step():
     assert phase.config == dataclasses.replace(
         config(), seed=0, keep=1, log_every=1, checkpoint_every=None
     )
+
+
+def test_the_schedule_of_a_recipe_makes_phases():
+    schedule = nmjax.Schedule(0.25, patterns=((0.5, "2:4"),), dense_from=0.75)
+    recipe = nmjax.recipes.sr_ste("3:4", schedule=schedule)
+    phases = phases_of(config(), rules=[RULES[0], nmjax.Rule(".*", recipe)])
+    assert [(p.name, p.first_step, len(p.plan.sparse)) for p in phases] == [
+        ("dense", 0, 0),
+        ("sparse", 4, 2),
+        ("sparse-2", 8, 2),
+        ("finish", 12, 0),
+    ]
+    assert [str(p.plan.sparse[0].recipe.pattern) for p in phases[1:3]] == ["3:4", "2:4"]
+    state = jit_new_train_state(phases[0])(variables_of())
+    for before, phase in itertools.pairwise(phases):
+        state = jit_enter_phase(before, phase)(state)
+        if phase.plan.sparse:
+            nmjax.check(state.params, phase.plan, state.masks)
+    assert state.masks == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("two_by_four", marks=pytest.mark.slow),
+        "s_ste",
+        pytest.param("fst", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_of_other_methods(name):
+    recipe = getattr(nmjax.recipes, name)()
+    rules = [RULES[0], nmjax.Rule(".*", recipe)]
+    phase = phases_of(config(micro_batches=2), rules=rules)[0]
+    state = jit_new_train_state(phase)(variables_of())
+    after, metrics = one_step(phase, state, batch_of())
+    again, _ = one_step(phase, state, batch_of())
+    assert np.isfinite(metrics["loss"])
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    nmjax.check(after.params, phase.plan, after.masks)
+
+
+def test_learned_masks_are_refused():
+    rules = [RULES[0], nmjax.Rule(".*", nmjax.recipes.learned("2:4"))]
+    with pytest.raises(ValueError, match="trains logits, which nmjax.training"):
+        phases_of(config(), rules=rules)

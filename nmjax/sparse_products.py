@@ -1,0 +1,129 @@
+"""A layer's matrix products on sparse tensor cores, where that was measured faster.
+
+A GEMM of which one operand is 2:4 along the axis that it contracts can run on the
+kernels of `pallas_kernels`. It does where `pallas_kernels.dispatch` knows a measurement
+of this device that says so; elsewhere, and that is everywhere until a device was
+measured with `python -m pallas_kernels.bench --tune`, the product of the masked operand
+is dense. Both accumulate in float32 and round once. On a kernel a layer has gradients
+to any order in reverse mode, but no Hessian.
+
+The operand arrives masked, with zeros. It is compressed on the way: zeros lose every
+comparison of magnitudes, so what is compressed is what the dense product would read.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from nmjax.pattern import NMPattern
+from nmjax.recipe import Recipe
+from pallas_kernels import compress_magnitude, nm_matmul
+from pallas_kernels.devices import this_device
+from pallas_kernels.dispatch import judge
+from pallas_kernels.measurements import load
+from pallas_kernels.reference import Form
+
+_PATTERN = NMPattern("2:4")  # that instructions multiply
+_DTYPES = ("bfloat16", "float16")
+
+
+def may_run_on_tensor_core(recipe: Recipe) -> bool:
+    """Whether a GEMM of this recipe can run on a sparse tensor core of this device."""
+    return recipe.pattern == _PATTERN and _is_measured()
+
+
+def on_tensor_core(
+    name: Literal["fprop", "dgrad", "wgrad"],
+    gemm: Any,
+    recipe: Recipe | None,
+    x: jax.Array,
+    w: jax.Array,
+    dy: Any = None,
+) -> jax.Array | None:
+    """y, dx or dW of a layer; None where its GEMM is to be dense.
+
+    Args:
+      name: Which of the three GEMMs.
+      gemm: Of `nmjax.ops`; `gemm.matrices(x, w)` gives x as (t, k) and w as (k, n).
+      recipe: Says which operand is 2:4.
+      x: Activations, masked where the recipe masks them.
+      w: Weight that the GEMM reads, masked.
+      dy: Gradient of y; for wgrad as it was sampled.
+
+    Returns:
+      y, or dx and dW of the shapes of x and w; inside `shard_map` summed over the mesh
+      axes that the product varies over and x or w does not.
+    """
+    if recipe is None or not may_run_on_tensor_core(recipe):
+        return None
+    matrices = gemm.matrices(x, w)
+    operand = getattr(recipe, name)
+    if matrices is None or operand in (None, "activation-fixed"):
+        return None
+    x2, w2 = matrices
+    if name == "fprop":
+        y = sparse_product(x2, w2, "rhs" if operand == "weight" else "lhs")
+        return None if y is None else y.reshape(gemm.out_shape(x, w))
+    dy2 = jnp.reshape(dy, (-1, w2.shape[1]))
+    if name == "dgrad":
+        dx = sparse_product(dy2, w2, "rhs", transpose_rhs=True)
+        return None if dx is None else _as_cotangent(dx, x)
+    sparse = "lhs" if operand == "activation" else "rhs"
+    dw = sparse_product(x2, dy2, sparse, transpose_lhs=True)
+    return None if dw is None else _as_cotangent(dw, w)
+
+
+def _as_cotangent(d: jax.Array, primal: jax.Array) -> jax.Array:
+    over, of = (jax.typeof(a).manual_axis_type.varying for a in (d, primal))
+    summed = jax.lax.psum(d, tuple(over - of)) if over - of else d
+    return summed.reshape(primal.shape)
+
+
+def _is_measured() -> bool:
+    device = this_device()
+    return device is not None and load(device.name) is not None
+
+
+def sparse_product(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    sparse: Literal["lhs", "rhs"],
+    *,
+    transpose_lhs: bool = False,
+    transpose_rhs: bool = False,
+) -> jax.Array | None:
+    """`lhs · rhs` on a sparse tensor core; None where a dense product is to be made.
+
+    Args:
+      lhs: `(m, k)`; with `transpose_lhs` its transpose.
+      rhs: `(k, n)`; with `transpose_rhs` its transpose, where it is the sparse one.
+      sparse: The operand that is 2:4 along k; the other is dense.
+      transpose_lhs: `lhs` lies in memory as `(k, m)`.
+      transpose_rhs: `rhs` lies in memory as `(n, k)`.
+
+    Returns:
+      `(m, n)` in the dtype of the operands, or None: the dtype has no instruction, 4
+      does not divide k, or no measurement of this device says that it is faster.
+    """
+    m, k = lhs.shape[::-1] if transpose_lhs else lhs.shape
+    n = rhs.shape[0 if transpose_rhs else 1]
+    if lhs.dtype != rhs.dtype or lhs.dtype.name not in _DTYPES or k % 4:
+        return None
+    on_right = sparse == "rhs"
+    # As `nm_matmul` makes it: the compressed operand is the instruction's A.
+    form = Form(b_is_kn=transpose_lhs or not on_right, out_is_nm=on_right)
+    sizes = (n, m, k) if on_right else (m, n, k)
+    device = this_device()
+    if judge(*sizes, dtype=lhs.dtype, form=form, device=device).name == "reference":
+        return None
+    if on_right:
+        compressed = _compressed(rhs, -1 if transpose_rhs else -2)
+        right = compressed.T if transpose_rhs else compressed
+        return nm_matmul(lhs, right, transpose_dense=transpose_lhs)
+    compressed = _compressed(lhs, -2 if transpose_lhs else -1)
+    return nm_matmul(compressed.T if transpose_lhs else compressed, rhs)
+
+
+def _compressed(x: jax.Array, axis: int):
+    return compress_magnitude(x, axis=axis, dtype=x.dtype)

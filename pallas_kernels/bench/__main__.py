@@ -1,0 +1,216 @@
+"""python -m pallas_kernels.bench: races sparse products against dense ones."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_kernels import devices, dispatch, measurements
+from pallas_kernels.bench import products, report, roofline, tuning
+from pallas_kernels.bench.contenders import measure, missing_cusparselt
+from pallas_kernels.bench.options import parse
+from pallas_kernels.bench.products import SUITES, TOKENS, USES, Product
+from pallas_kernels.bench.report import CompressionRow, Row
+from pallas_kernels.devices import DATA_SHEETS, Device
+
+# What a quick run keeps: sizes on either side of where sparse products begin to win.
+_QUICK_TOKENS = (2048, 16384)
+_QUICK_CONFIGS = 12
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    options = parse(arguments)
+    chosen = _products(options)
+    # torch and jax share the GPU's memory: neither may take all of it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if options.device is not None:
+        print(roofline.table(chosen, options.device), end="")
+        return 0
+    here = devices.this_device()
+    if here is None and options.implementation != "reference":
+        return _explain_without_gpu(chosen)
+    if options.tune and here is not None:
+        return _tune(options, chosen, here)
+    return _bench(options, chosen, here)
+
+
+def _products(options) -> list[Product]:
+    if options.shape:
+        (use,) = (use for use in USES if use.name == options.use)
+        return [Product("shape", use, m, n, k, n) for m, n, k in options.shape]
+    suites = [name for name in options.suite or SUITES if name != "compression"]
+    tokens = options.tokens or (_QUICK_TOKENS if options.quick else TOKENS)
+    return products.select(suites, tokens)
+
+
+def _explain_without_gpu(chosen: list[Product]) -> int:
+    print(
+        f"jax computes on {jax.default_backend()} here: there is no NVIDIA GPU, and "
+        "nothing is timed.\n"
+        f"On one, {len(chosen)} products would race: the kernel of its architecture "
+        "(sm80: Ampere, Ada, GeForce Blackwell; sm90: Hopper; sm100: Blackwell) "
+        "against jnp.dot and, where torch has it, cuSPARSELt; and mask + compression "
+        "against a copy.\n"
+        "What the data sheet of an H200 allows (--device NAME for another of: "
+        f"{', '.join(DATA_SHEETS)}):\n"
+    )
+    print(roofline.table(chosen, DATA_SHEETS["h200"]), end="")
+    print(
+        "\nTo try the pipeline on this machine: --implementation reference "
+        "--shape 64,128,64"
+    )
+    return 0
+
+
+def _bench(options, chosen: list[Product], here: Device | None) -> int:
+    implementation = options.implementation or (here.kernel if here else None)
+    if implementation is None:
+        print(f"{here.name if here else ''} has no kernel here", file=sys.stderr)
+        return 1
+    about = report.machine()
+    on_gpu = here is not None
+    sheet = devices.data_sheet(here.name) if here else None
+    title = f"2:4 sparse products by {implementation} on {about['device']}"
+    if not on_gpu:
+        title = f"{report.NO_GPU}{title}"
+    cusparselt = missing_cusparselt()
+    absent = [f"No cuSPARSELt: {cusparselt}."] if cusparselt else []
+    for note in filter(None, [*absent, report.missing_plot()]):
+        print(f"Note: {note}", file=sys.stderr)
+    seconds = options.milliseconds / 1e3 if on_gpu else 0.0
+    timed = {"rounds": options.rounds, "seconds": seconds}
+    rows, passed = [], []
+    compression = _passes(options)
+    progress = _Progress(len(chosen) + len(compression))
+    for product in chosen:
+        row = measure(
+            product, implementation, options.dtype, sets=0 if on_gpu else 2, **timed
+        )
+        rows.append(row)
+        progress.step(f"{product.layer}, {product.use.name}, n = {product.n}", row)
+    for measure_pass, name in compression:
+        row = measure_pass(**timed)
+        passed.append(row)
+        progress.step(name, row)
+    if on_gpu:
+        about |= {f"{name} after": now for name, now in report.machine().items()}
+    text = _markdown(title, about, rows, passed, sheet, absent)
+    print(text, end="")
+    folder = options.output_dir or Path("runs/bench")
+    for path in report.write(folder, title, text, rows, passed, about):
+        print(f"wrote {path}", file=sys.stderr)
+    return _status([*rows, *passed])
+
+
+def _passes(options) -> list[tuple[Any, str]]:
+    """The compression races that are asked for: functions and their names."""
+    if options.shape or "compression" not in (options.suite or ["compression"]):
+        return []
+    # Loads Mosaic, which the products of the reference do not need.
+    from pallas_kernels.bench import passes
+
+    def race_of(one, shape, dtype):
+        return lambda **timed: passes.measure(one, shape, dtype, **timed)
+
+    return [
+        (race_of(one, shape, dtype), f"{one.name}, {shape[0]}x{shape[1]} {dtype}")
+        for one in passes.passes()
+        for shape in (passes.MATRICES[:1] if options.quick else passes.MATRICES)
+        for dtype in ("bfloat16", "float32")
+    ]
+
+
+def _tune(options, chosen: list[Product], here: Device) -> int:
+    kernel = here.kernel
+    if kernel is None or options.implementation not in (None, kernel):
+        print(f"--tune: the kernel of {here.name} is {kernel}", file=sys.stderr)
+        return 2
+    configs = tuning.configs_for(here, _QUICK_CONFIGS if options.quick else 0)
+    about = report.machine()
+    folder = options.output_dir
+    print(f"{len(chosen)} products, {len(configs)} Configs of {kernel} each")
+    wrong = 0
+    progress = _Progress(len(chosen))
+    for product in chosen:
+        tuned = tuning.tune(
+            product,
+            configs,
+            kernel=kernel,
+            dtype=options.dtype,
+            rounds=options.rounds,
+            seconds=options.milliseconds / 1e3,
+            said=progress.say,
+        )
+        wrong += len(tuned.wrong)
+        for line in (*tuned.wrong, *tuned.failed):
+            print(f"{product.layer}, n = {product.n}: {line}", file=sys.stderr)
+        status = "no Config runs"
+        if tuned.measurement:
+            status = f"{tuned.measurement.ratio[1]:.2f}x, {tuned.measurement.config}"
+            old = measurements.load(here.name, folder)
+            entries = measurements.merged(
+                old.entries if old else (), [tuned.measurement]
+            )
+            # After every product: a run that ends early keeps what it has.
+            path = measurements.save(
+                measurements.Measured(here.name, about, entries), folder
+            )
+            status += f" -> {path.name}"
+        progress.step(f"{product.layer}, {product.use.name}, n = {product.n}", status)
+    for p in chosen if folder is None else ():
+        form = p.form(options.dtype)
+        print(dispatch.explain(p.m, p.n, p.k, dtype=options.dtype, form=form))
+    return 1 if wrong else 0
+
+
+class _Progress:
+    """A line for each step: how far, what came out, how fast, how long still."""
+
+    def __init__(self, steps: int):
+        self._steps, self._done, self._start = steps, 0, time.monotonic()
+
+    def step(self, name: str, outcome: Row | CompressionRow | str) -> None:
+        self._done += 1
+        spent = time.monotonic() - self._start
+        left = spent / self._done * (self._steps - self._done)
+        if not isinstance(outcome, str):
+            ok = outcome.status == "ok"
+            outcome = f"{outcome.ratio[1]:.2f}x" if ok else outcome.status
+        rate = self._done / max(spent, 1e-9) * 60
+        self.say(f"{name}: {outcome}  ({rate:.3g} a minute, {left:.0f} s left)")
+
+    def say(self, line: str) -> None:
+        print(f"[{self._done}/{self._steps}] {line}", file=sys.stderr, flush=True)
+
+
+def _markdown(title, about, rows, passed, sheet, absent) -> str:
+    lines = [f"# {title}", ""]
+    about = about | ({"peaks": sheet.source} if sheet else {})
+    lines += ["| machine | |", "|---|---|"]
+    lines += [*(f"| {key} | {value} |" for key, value in about.items()), ""]
+    if rows:
+        lines += [report.product_table(rows, sheet)]
+    if passed:
+        lines += [report.compression_table(passed, sheet)]
+    notes = sorted({note for row in rows for note in row.notes})
+    return "\n".join([*lines, *absent, *notes]) + "\n"
+
+
+def _status(rows: Sequence[Row | CompressionRow]) -> int:
+    bad = [row for row in rows if row.bad]
+    if bad:
+        print(f"{len(bad)} of {len(rows)} are WRONG or FAILED", file=sys.stderr)
+        return 1
+    if not any(row.status == "ok" for row in rows):
+        print("nothing could run", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

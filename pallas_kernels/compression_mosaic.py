@@ -1,0 +1,275 @@
+"""Mask + compress kernels in Pallas Mosaic GPU, for Ampere and later.
+
+    nm_compress_rows      w (rows, k), groups along the contiguous axis
+    nm_compress_columns   w (k, rows), groups along the other: a Flax kernel
+    nm_compress_tiles     w (k, n) and its transpose under one 4x4 transposable mask
+
+A thread owns whole metadata words, 16 entries along k of rows g and g + 8 of a block of
+16, so the choice, the values and the words stay in its registers; no shared memory. It
+loads vectors along the contiguous axis and cuts them into single entries with
+`ptx.regroup`, applies the functions of `reference.py` to arrays of them, and joins the
+8 values of 16 entries, 16 bytes, into one store. One thread, one warp, by kernel:
+
+    rows     2 rows x 16, vectors of 16 along k            warp 16 x 64
+    columns  16 along k x 8 rows, vectors of 4 along rows  warp 64 along k x 64 rows
+    tiles    16 along k x 4, vectors of 4 along n          warp 64 along k x 32 along n
+
+so a warp reads and writes values of `columns` in lines of 128 and 64 bytes (bfloat16):
+the transposition is in registers. A thread of `tiles` has 4 of the 16 columns that a
+word of Wᵀ spans, and one of the two rows that a word of W does: the parts are added
+across lanes.
+
+Each of four warps takes such a part of a tile, along either axis. Matrices that no
+arrangement of the four divides are padded with zeros, one more pass over them.
+
+Compiled for sm_80, sm_90a and sm_100a and interpreted with race detection. Not yet run
+on a GPU.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import ptx
+from pallas_kernels.format import NMCompressed, pack, positions
+from pallas_kernels.reference import magnitude_2to4, stored_2to4
+from pallas_kernels.tile_selection import transposable_2to4, unpack_tile
+
+# Every element is read and written once: there is nothing for barriers to order.
+NO_BARRIERS = {"unsafe_no_auto_barriers": True}
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run on this device; None if they can."""
+    capability = ptx.capability()
+    if capability is None:
+        return "needs an NVIDIA GPU"
+    if capability < (8, 0):
+        major, minor = capability
+        return f"needs compute capability 8.0, this device has {major}.{minor}"
+    if capability < (9, 0) and ptx.JAX_VERSION < ptx.AMPERE_SINCE:
+        since = ".".join(map(str, ptx.AMPERE_SINCE))
+        return (
+            f"compiles for Ampere and Ada from jax {since}, this is {jax.__version__}"
+        )
+    # Before, Mosaic refuses parts of some shapes: those that are contiguous in memory.
+    if ptx.JAX_VERSION < (0, 11):
+        return f"needs jax 0.11, this is {jax.__version__}"
+    return None
+
+
+def compress_magnitude(
+    w: jax.Array, *, axis: int, dtype: Any, interpret: Any = None
+) -> NMCompressed:
+    """As `compression.compress_magnitude`."""
+    rows, k = w.shape if axis == -1 else w.shape[::-1]
+    lanes = (1, 8, 4) if axis == -1 else (4, 2, 4)
+    row_warps, padded_rows, padded_k = _tile(rows, k, 16 * lanes[0])
+    pad = (0, padded_rows - rows), (0, padded_k - k)
+    w = jnp.pad(w, pad if axis == -1 else pad[::-1])
+    b, c = padded_rows // 16, padded_k // 16
+    if axis == -1:
+        body, name = _rows_kernel, "nm_compress_rows"
+        w = w.reshape(b, 2, 8, c, 16)
+        values, words = (b, 2, 8, c, 8), (b, 8, c, 1)
+    else:
+        body, name = _columns_kernel, "nm_compress_columns"
+        w = w.reshape(c, 16, b, 2, 2, 4)
+        values, words = (b, 2, 2, 4, c, 8), (b, 2, 4, c, 1)
+    warps = (row_warps, 1, 4 // row_warps)
+    kernel = ptx.kernel(
+        functools.partial(body, warps=warps, lanes=lanes),
+        out_type=(
+            jax.ShapeDtypeStruct(values, dtype),
+            jax.ShapeDtypeStruct(words, jnp.int32),
+        ),
+        grid=(b // (warps[0] * lanes[0]), c // (warps[2] * lanes[2])),
+        grid_names=("rows", "k"),
+        compiler_params=NO_BARRIERS,
+        name=name,
+        interpret=interpret,
+    )
+    stored, metadata = kernel(w)
+    return _compressed(stored, metadata, rows, k, axis)
+
+
+def compress_transposable(
+    w: jax.Array, *, dtype: Any, at_most: bool, interpret: Any = None
+) -> tuple[NMCompressed, NMCompressed]:
+    """As `compression.compress_transposable`."""
+    k, n = w.shape
+    lanes = (4, 2, 2, 2)
+    n_warps, padded_n, padded_k = _tile(n, k, 32)
+    warps = (4 // n_warps, n_warps, 1, 1)
+    w = jnp.pad(w, ((0, padded_k - k), (0, padded_n - n)))
+    c, b = padded_k // 16, padded_n // 16
+    kernel = ptx.kernel(
+        functools.partial(_tiles_kernel, warps=warps, lanes=lanes, at_most=at_most),
+        out_type=(
+            jax.ShapeDtypeStruct((b, 2, 2, 4, c, 8), dtype),
+            jax.ShapeDtypeStruct((b, 2, 4, c, 1), jnp.int32),
+            jax.ShapeDtypeStruct((c, 4, 4, b, 2, 2, 2), dtype),
+            jax.ShapeDtypeStruct((c, 8, b, 1), jnp.int32),
+        ),
+        grid=(c // (warps[0] * lanes[0]), b // (warps[1] * lanes[1])),
+        grid_names=("k", "n"),
+        compiler_params=NO_BARRIERS,
+        name="nm_compress_tiles",
+        interpret=interpret,
+    )
+    values, words, values_t, words_t = kernel(w.reshape(c, 4, 4, b, 2, 2, 4))
+    return (
+        _compressed(values, words, n, k, -2),
+        _compressed(values_t, words_t, k, n, -2),
+    )
+
+
+def _rows_kernel(w_gmem, values_gmem, words_gmem, *, warps, lanes):
+    blocks = _slice("rows", warps[0] * lanes[0])
+    columns = _slice("k", warps[2] * lanes[2])
+    layout = functools.partial(ptx.thread_layout, warps, lanes)
+    halves = []
+    for h in range(2):
+        row = ptx.load(w_gmem.at[blocks, h, :, columns, :], layout(16))
+        row = ptx.regroup(row, layout=layout(1))  # (blocks, 8, columns, 16)
+        entries = [row[..., i : i + 1] for i in range(16)]
+        values, half = _compress_16(entries, values_gmem.dtype, shift=16 * h)
+        values_gmem[blocks, h, :, columns, :] = ptx.regroup(*values, layout=layout(8))
+        halves.append(half)
+    words_gmem[blocks, :, columns, :] = halves[0] | halves[1]
+
+
+def _columns_kernel(w_gmem, values_gmem, words_gmem, *, warps, lanes):
+    blocks = _slice("rows", warps[0] * lanes[0])
+    columns = _slice("k", warps[2] * lanes[2])
+    layout = functools.partial(ptx.thread_layout, warps, lanes)
+    halves = []
+    for h in range(2):
+        along_k = []  # 16 of (blocks, 2, columns, 4)
+        for i in range(16):
+            tile = w_gmem.at[columns, i, blocks, h].transpose((1, 2, 0, 3))
+            along_k.append(ptx.regroup(ptx.load(tile, layout(4)), layout=layout(1)))
+        for g in range(4):
+            entries = [tile[..., g : g + 1] for tile in along_k]
+            values, half = _compress_16(entries, values_gmem.dtype, shift=16 * h)
+            joined = ptx.regroup(*values, layout=layout(8))
+            values_gmem[blocks, h, :, g, columns, :] = joined
+            halves.append(half)
+    for g in range(4):
+        words_gmem[blocks, :, g, columns, :] = halves[g] | halves[4 + g]
+
+
+def _compress_16(entries, dtype, *, shift: int) -> tuple[list[jax.Array], jax.Array]:
+    """The 8 values of 16 entries along k, and their half of a word, shifted."""
+    values, half = [], jnp.int32(0)
+    for group in range(4):
+        v0, v1, nibble = magnitude_2to4(entries[4 * group : 4 * group + 4])
+        values += [_cast(v0, dtype), _cast(v1, dtype)]
+        half |= nibble << (shift + 4 * group)
+    return values, half
+
+
+def _tiles_kernel(
+    w_gmem,
+    values_gmem,
+    words_gmem,
+    values_t_gmem,
+    words_t_gmem,
+    *,
+    warps,
+    lanes,
+    at_most,
+):
+    columns = _slice("k", warps[0] * lanes[0])
+    blocks = _slice("n", warps[1] * lanes[1])
+    layout = functools.partial(ptx.thread_layout, warps, lanes)
+    dtype = values_gmem.dtype
+    values = [[] for _ in range(4)]  # of W, for each of the thread's columns
+    halves = [jnp.int32(0)] * 4
+    quarters = [jnp.int32(0)] * 8  # of the words of Wᵀ, rows g and g + 8 of 16
+    for j in range(4):
+        tile = []  # 4x4 of (columns, blocks, 2, 2, 1)
+        for i in range(4):
+            row = ptx.load(w_gmem.at[columns, j, i, blocks], layout(4))
+            row = ptx.regroup(row, layout=layout(1))
+            tile.append([row[..., q : q + 1] for q in range(4)])
+        scores = [[jnp.abs(x.astype(jnp.float32)) for x in row] for row in tile]
+        kept = unpack_tile(transposable_2to4(scores, at_most=at_most))
+        for i in range(4):
+            v0, v1, nibble = stored_2to4(tile[i], kept[i])
+            pair = [_cast(v0, dtype), _cast(v1, dtype)]
+            values_t_gmem[columns, j, i, blocks] = ptx.regroup(*pair, layout=layout(2))
+            quarters[4 * j % 8 + i] |= nibble << 16 * (j // 2)
+        for q in range(4):
+            v0, v1, nibble = stored_2to4(
+                [row[q] for row in tile], [row[q] for row in kept]
+            )
+            values[q] += [_cast(v0, dtype), _cast(v1, dtype)]
+            halves[q] |= nibble << 4 * j
+
+    def lane(axis):  # 0 or 1: which of the two lanes along the axis this is
+        return plgpu.broadcasted_iota(
+            jnp.int32, halves[0].shape, axis, layout=layout(1)
+        )
+
+    for q in range(4):
+        joined = ptx.regroup(*values[q], layout=layout(8))
+        tile = values_gmem.at[blocks, :, :, q, columns, :]
+        tile.transpose((3, 0, 1, 2, 4))[...] = joined
+        word = jnp.sum(halves[q] << 16 * lane(2), axis=2, dtype=jnp.int32)
+        words_gmem.at[blocks, :, q, columns, :].transpose((2, 0, 1, 3))[...] = word
+    quarter = 8 * lane(2) + 4 * lane(3)
+    for g in range(8):
+        word = jnp.sum(quarters[g] << quarter, axis=3, dtype=jnp.int32)
+        word = jnp.sum(word, axis=2, dtype=jnp.int32)
+        words_t_gmem[columns, g, blocks, :] = word
+
+
+def _slice(axis: str, size: int) -> Any:
+    """This block's part of an axis of the grid."""
+    return pl.ds(lax.axis_index(axis) * size, size)
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """Between the 16-bit types by way of float32, which holds both."""
+    return x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
+
+
+def _tile(rows: int, k: int, warp_rows: int) -> tuple[int, int, int]:
+    """How the four warps lie so that the padded matrix is smallest.
+
+    Args:
+      rows: Of the values.
+      k: The group axis.
+      warp_rows: Rows of a warp's part, which spans 64 of k.
+
+    Returns:
+      Of the four warps, how many lie along the rows; the padded rows and k.
+    """
+
+    def padded(row_warps):
+        tile_rows, tile_k = row_warps * warp_rows, 4 // row_warps * 64
+        return -(-rows // tile_rows) * tile_rows, -(-k // tile_k) * tile_k
+
+    # In a tie the widest along k, which a store of values is contiguous along.
+    row_warps = min((1, 2, 4), key=lambda n: padded(n)[0] * padded(n)[1])
+    return row_warps, *padded(row_warps)
+
+
+def _compressed(values, words, rows: int, k: int, axis: int) -> NMCompressed:
+    """The matrix without what pads it to tiles."""
+    b = words.shape[0]
+    values = values.reshape(16 * b, -1)
+    words = words.reshape(8 * b, -1)
+    padded = values.shape != (rows, k // 2)
+    values = values[:rows, : k // 2]
+    compressed = NMCompressed(values, words, axis=axis)
+    if not padded:
+        return compressed
+    # A tile of padding has positions of its own; those of the format are 0 and 1.
+    return NMCompressed(values, pack(positions(compressed), (2, 4)), axis=axis)

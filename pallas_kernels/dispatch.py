@@ -1,0 +1,149 @@
+"""Which implementation `nm_matmul` runs where the caller names none, and why.
+
+The kernel of this device's architecture runs where a measurement of a device of this
+name says that it is faster than the dense product: **every** measurement of the same
+dtype and layouts whose m, n and k are each within a factor of two of the product's has
+a lower quartile above 1. Where one says otherwise, or there is none, the compressed
+side is decompressed and the product is dense. So nothing is extrapolated: a kernel that
+was never measured on a device is not chosen there.
+"""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import measurements
+from pallas_kernels.config import Config
+from pallas_kernels.devices import DATA_SHEETS, Device, data_sheet, this_device
+from pallas_kernels.format import NMCompressed
+from pallas_kernels.measurements import Measurement
+from pallas_kernels.reference import Form
+
+TUNE = "python -m pallas_kernels.bench --tune"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What runs and why.
+
+    Attributes:
+      name: "reference" or a kernel's.
+      reason: A sentence.
+      config: The measured Config; None leaves it to the kernel's heuristic.
+    """
+
+    name: str
+    reason: str = ""
+    config: Config | None = None
+
+
+def choose(a: NMCompressed, b: jax.Array, form: Form) -> Choice:
+    """What `nm_matmul` runs for A · B where it is free to choose."""
+    if a.pattern != (2, 4):
+        n, m = a.pattern
+        return Choice(
+            "reference", f"no instruction multiplies {n}:{m}, only 2:4: dense product"
+        )
+    device = this_device()
+    m, k = a.shape
+    n = b.shape[-1 if form.b_is_kn else -2]
+    choice = judge(m, n, k, dtype=a.dtype, form=form, device=device)
+    if choice.name != "reference":
+        unavailable = kernel(choice.name).unavailable(a, b, form)
+        if unavailable:
+            return Choice("reference", f"{choice.name}: {unavailable}: dense product")
+    return choice
+
+
+def judge(
+    m: int, n: int, k: int, *, dtype: Any, form: Form, device: Device | None
+) -> Choice:
+    """What the measurements say about A (m, k) · B (k, n) on a device."""
+    if device is None:
+        return Choice(
+            "reference",
+            "no kernel for this device: decompressing, then a dense product",
+        )
+    if 0 in (m, n, k):
+        return Choice("reference", "an empty product")
+    name, dense = device.name, "decompressing, then a dense product"
+    if device.kernel is None:
+        return Choice("reference", f"no kernel for {name}: {dense}")
+    measured = measurements.load(name)
+    comparable = [
+        entry
+        for entry in (measured.entries if measured else ())
+        if entry.architecture == device.kernel
+        and entry.dtype == jnp.dtype(dtype).name
+        and (entry.b_is_kn, entry.out_is_nm) == (form.b_is_kn, form.out_is_nm)
+    ]
+    near = [entry for entry in comparable if _distance(entry, m, n, k)[0] <= 2]
+    if not near:
+        what = f"no measurement near m, n, k = {m}, {n}, {k} for {name}"
+        if measured is None:
+            what = f"no measurement for {name} yet"
+        return Choice("reference", f"{what}: run `{TUNE}`; {dense}")
+    slowest = min(near, key=lambda entry: entry.ratio[0])
+    words = (
+        f"{device.kernel} was measured at {slowest.ratio[1]:.2f}x the dense product's "
+        f"speed ({slowest.ratio[0]:.2f} to {slowest.ratio[2]:.2f}) for m, n, k = "
+        f"{slowest.m}, {slowest.n}, {slowest.k} on {name}"
+    )
+    if slowest.ratio[0] <= 1:
+        return Choice("reference", f"{words}: {dense}")
+    nearest = min(near, key=lambda entry: _distance(entry, m, n, k))
+    return Choice(device.kernel, f"{words}, the least near this size", nearest.config)
+
+
+def explain(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    dtype: Any = "bfloat16",
+    form: Form | None = None,
+    device: str | None = None,
+) -> str:
+    """What `nm_matmul` would run for a product, and why, with the measured speed.
+
+    Args:
+      m: Rows of A, the compressed side: the features out of a layer, for `x · W24`.
+      n: Columns of B: its tokens.
+      k: What is contracted: its features in.
+      dtype: Of both operands.
+      form: The layouts of B and D; by default those of `x · W24`, B `(n, k)` and D
+        `(n, m)`.
+      device: By default this one; else a name, as CUDA has it ("NVIDIA H200") or as
+        `devices.DATA_SHEETS` does ("h200").
+
+    Raises:
+      ValueError: The device has no such name.
+    """
+    where = this_device()
+    if device is not None and (where is None or device != where.name):
+        where = data_sheet(device)
+        if where is None:
+            raise ValueError(
+                f"device={device!r}: expected None, this device's name, or one of "
+                f"{[*DATA_SHEETS]}"
+            )
+    choice = judge(m, n, k, dtype=dtype, form=form or Form(), device=where)
+    name = where.name if where else jax.devices()[0].device_kind
+    return f"{name}: {choice.name}; {choice.reason}"
+
+
+def kernel(name: str) -> Any:
+    """A kernel's module, which loads Mosaic: not for those who never use it."""
+    return importlib.import_module(f"pallas_kernels.matmul_{name}")
+
+
+def _distance(entry: Measurement, m: int, n: int, k: int) -> tuple[float, float]:
+    """The largest factor between the sizes of two products, then all of them."""
+    factors = [
+        max(size, measured) / min(size, measured)
+        for size, measured in ((m, entry.m), (n, entry.n), (k, entry.k))
+    ]
+    return max(factors), factors[0] * factors[1] * factors[2]

@@ -1,0 +1,392 @@
+"""The sparse GEMM on Hopper: `wgmma.mma_async.sp` fed by TMA. Not yet run on a GPU.
+
+    D = act(A24 · B + bias)     A (M, K) 2:4 along K, B (K, N), a float32 accumulator
+
+A block makes tiles of D, block_m × block_n, one after another. Of its three warpgroups
+the last only copies: it keeps `stages` steps of block_k in shared memory. The other two
+multiply, each half of the tile's rows, and write D. A stage has two barriers: `full`,
+its copies have arrived, and `empty`, both warpgroups (of every block of the cluster)
+are done with it. The copies run ahead into the next tile while D is written.
+
+B always lies in shared memory; the blocks of a cluster have one B, and each fetches its
+part for all. A comes from where the Config says:
+
+    shared       values and metadata as `format.py` stores them, TMA copies both
+    registers    in the order of the registers (`wgmma.fragments`, a pass over A more);
+                 each thread loads its own, a step ahead. Every 64 rows of A read all of
+                 B from shared memory, whose bandwidth is the limit: A then takes none
+
+TMA fills what it reads beyond an edge with zeros and drops what it writes there, so no
+size has to be a multiple of a block. It moves tiles of 8 rows of 128 bytes (a swizzle):
+an array that is not made of whole ones, as it lies in memory, is padded, or for D cut,
+at the cost of a copy. For fprop and dgrad in 16 bits that is free where 8 divides the
+tokens and 64 the features. A in registers is padded to whole blocks, in the same pass.
+
+In 16 bits gelu uses the tanh of the hardware, off by at most 2⁻¹¹ of its value, hence
+the result by 2⁻¹² |x|, which is half a unit in the last place of x in float16. In
+float32 it is exact to a few units.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import ptx, reference, wgmma
+from pallas_kernels.config import SM90Config, heuristic_sm90
+from pallas_kernels.format import NMCompressed, pad
+from pallas_kernels.reference import ACTIVATIONS, Form
+
+_COPYING = 2  # the warpgroup that does not multiply
+
+
+def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
+    """Why `gemm` cannot run these operands on this device; None where it can."""
+    del b
+    capability = ptx.capability()
+    if capability is None:
+        return f"needs a Hopper GPU, jax runs on {jax.default_backend()}"
+    if capability != (9, 0):
+        major, minor = capability
+        return (
+            "needs compute capability 9.0 (Hopper), which alone has wgmma; this "
+            f"device has {major}.{minor}"
+        )
+    return _unsupported(a, form)
+
+
+def _unsupported(a: NMCompressed, form: Form) -> str | None:
+    if a.pattern != (2, 4):
+        n, m = a.pattern
+        return f"the instruction multiplies 2:4 alone, the operand is {n}:{m}"
+    if a.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 or float16, the operands are {a.dtype}"
+    out_dtype = jnp.dtype(form.out_dtype)
+    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"writes bfloat16, float16 or float32, not {out_dtype}"
+    needed = wgmma.TRANSPOSED_FLOAT32_SINCE
+    if out_dtype == jnp.float32 and form.out_is_nm and ptx.JAX_VERSION < needed:
+        needed = ".".join(map(str, needed))
+        return (
+            f"float32 written as (N, M) needs jax {needed}, this is {jax.__version__}"
+        )
+    return None
+
+
+def gemm(
+    a: NMCompressed,
+    b: jax.Array,
+    bias: jax.Array | None,
+    form: Form,
+    *,
+    config: SM90Config | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """`reference.gemm` by `wgmma.mma_async.sp`.
+
+    Args:
+      a: Operand A, one 2:4 matrix of dense shape (M, K), `axis=-1`; bfloat16, float16.
+      b: Operand B in the dtype of A, `(K, N)` or `(N, K)` as `form` says.
+      bias: None, or a vector; added in float32.
+      form: The layouts of B and D, the activation, the dtype of D.
+      config: The tiles; by default what `heuristic_sm90` chooses for these sizes.
+      interpret: What `ptx.interpreter` made, to run on the CPU; None to compile.
+
+    Returns:
+      `(M, N)` or `(N, M)` in `form.out_dtype`.
+
+    Raises:
+      NotImplementedError: This is no Hopper, or the operands are none that the
+        instruction takes.
+    """
+    reason = unavailable(a, b, form) if interpret is None else _unsupported(a, form)
+    if reason:
+        raise NotImplementedError(f"matmul_sm90: {reason}")
+    form = dataclasses.replace(form, out_dtype=jnp.dtype(form.out_dtype))
+    m, k = a.shape
+    n = b.shape[1 if form.b_is_kn else 0]
+    if 0 in (m, n, k):
+        return reference.gemm(a, b, bias, form)  # there is nothing to multiply
+    config = config or heuristic_sm90(m, n, k)
+    # Interpreted, two clusters: each makes several tiles.
+    clusters = 2
+    if interpret is None:
+        clusters = ptx.multiprocessors() // config.cluster_m
+    return _gemm(a, b, bias, form, config, clusters, interpret)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _gemm(a, b, bias, form: Form, config: SM90Config, clusters: int, interpret):
+    """Gives TMA whole tiles, and runs the kernel."""
+    m, k = a.shape
+    n = b.shape[1 if form.b_is_kn else 0]
+    scratch = _scratch(form, config, a.dtype)
+    b_smem, *a_smem = scratch["operands_smem"]
+    padded = pad(a, rows=config.block_m * config.cluster_m, k=config.block_k)
+    if config.a_from == "registers":
+        values, metadata = wgmma.fragments(padded)
+    else:
+        # Of the padded matrix the metadata, which have to be legal beyond the edge too;
+        # XLA drops what is not used.
+        values, metadata = _whole_tiles(a.values, a_smem[0]), padded.metadata
+    operands = [values, metadata, _whole_tiles(b, b_smem)]
+    if bias is not None:
+        multiple = padded.shape[0] if form.bias_along_m else config.block_n
+        operands.append(_pad_to(bias.astype(jnp.float32), (multiple,)))
+    out = jax.ShapeDtypeStruct((n, m) if form.out_is_nm else (m, n), form.out_dtype)
+    tiles = (
+        padded.shape[0] // config.block_m // config.cluster_m,
+        -(-n // config.block_n),
+    )
+    run = ptx.kernel(
+        functools.partial(
+            _kernel,
+            tiles=tiles,
+            steps=padded.shape[1] // config.block_k,
+            form=form,
+            config=config,
+        ),
+        name=f"nm_matmul_sm90_{config.a_from}",
+        interpret=interpret,
+        out_type=jax.eval_shape(
+            functools.partial(_whole_tiles, smem=scratch["d_smem"]), out
+        ),
+        scratch_types=scratch,
+        grid=(min(clusters, tiles[0] * tiles[1]),),
+        grid_names=("clusters",),
+        cluster=(config.cluster_m,),
+        cluster_names=("cluster",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params={"approx_math": form.out_dtype != jnp.float32},
+    )
+    return run(*operands)[: out.shape[0], : out.shape[1]]
+
+
+def _scratch(form: Form, config: SM90Config, dtype) -> dict[str, Any]:
+    """What a block keeps in shared memory."""
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    stages = config.stages
+
+    def smem(*shape, dtype=dtype):
+        swizzled = ptx.swizzled(shape[-1], dtype)
+        return plgpu.SMEM(shape, dtype, transforms=swizzled)
+
+    b = (block_k, block_n) if form.b_is_kn else (block_n, block_k)
+    operands = [smem(stages, *b)]
+    if config.a_from == "shared":
+        operands.append(smem(stages, block_m, block_k // 2))
+        words = (stages, block_m // 2, block_k // 16)
+        operands.append(plgpu.SMEM(words, jnp.int32))
+    d = (_slice_width(form, config), block_m // 2)
+    empty = plgpu.Barrier
+    if config.cluster_m > 1:
+        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
+    return {
+        "operands_smem": operands,
+        "d_smem": smem(
+            *(2, 2), *(d if form.out_is_nm else d[::-1]), dtype=form.out_dtype
+        ),
+        "full": plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
+        "empty": empty(num_arrivals=2, num_barriers=stages),
+    }
+
+
+def _slice_width(form: Form, config: SM90Config) -> int:
+    """Columns of D that a warpgroup writes at a time; the bytes are the Config's."""
+    return config.epilogue_n * 2 // form.out_dtype.itemsize
+
+
+def _kernel(
+    a_gmem,
+    metadata_gmem,
+    b_gmem,
+    *rest,
+    operands_smem,
+    d_smem,
+    full,
+    empty,
+    tiles: tuple[int, int],
+    steps: int,
+    form: Form,
+    config: SM90Config,
+):
+    *bias_gmem, d_gmem = rest
+    b_smem, *a_smem = operands_smem
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    half = block_m // 2  # rows of a warpgroup
+    warpgroup = lax.axis_index("warpgroup")
+
+    def stage(step):
+        return lax.rem(step, config.stages)
+
+    def for_tiles(visit):
+        """Calls visit(row, column, first), first counting the steps before the tile.
+
+        Returns the count of all steps.
+        """
+
+        def tile(info, carry):
+            row, column = plgpu.planar_snake(info.index[0], tiles, 0, config.grid_width)
+            row = row * config.cluster_m + lax.axis_index("cluster")
+            visit(row, column, carry)
+            return carry + steps
+
+        loop: Any = plgpu.nd_loop(
+            (tiles[0] * tiles[1],), collective_axes="clusters", init_carry=jnp.int32(0)
+        )
+        return loop(tile)
+
+    def copy(row, column, first):
+        def step(i, _):
+            s = stage(first + i)
+
+            @pl.when(first + i >= config.stages)
+            def _():
+                plgpu.barrier_wait(empty.at[s])
+
+            n, k = pl.ds(column * block_n, block_n), pl.ds(i * block_k, block_k)
+            plgpu.copy_gmem_to_smem(
+                b_gmem.at[(k, n) if form.b_is_kn else (n, k)],
+                b_smem.at[s],
+                full.at[s],
+                collective_axes="cluster" if config.cluster_m > 1 else None,
+            )
+            # None of these where A comes from registers.
+            for source, target in zip((a_gmem, metadata_gmem), a_smem, strict=False):
+                rows, columns = target.shape[1:]
+                window = pl.ds(row * rows, rows), pl.ds(i * columns, columns)
+                plgpu.copy_gmem_to_smem(source.at[window], target.at[s], full.at[s])
+
+        lax.fori_loop(0, steps, step, None)
+
+    def multiply_from_shared(row, first):
+        del row
+        values_smem, metadata_smem = a_smem
+        rows = pl.ds(warpgroup * half, half)
+        word_rows = pl.ds(warpgroup * half // 2, half // 2)
+
+        def start(step, acc):
+            s = stage(step)
+            plgpu.barrier_wait(full.at[s])
+            words = ptx.load(metadata_smem.at[s, word_rows], ptx.metadata_layout())
+            return wgmma.wgmma_sp(
+                acc,
+                values_smem.at[s, rows],
+                words,
+                b_smem.at[s],
+                b_is_nk=not form.b_is_kn,
+            )
+
+        # One thread lets go of a stage for its warpgroup. Products end when all four
+        # warps have issued them, hence have loaded their metadata.
+        def finish(step, acc, pending):
+            s = stage(step)
+            finished = values_smem.at[s, rows], b_smem.at[s]
+            acc = wgmma.wgmma_wait(acc, pending, finished)
+            plgpu.barrier_arrive(empty.at[s])
+            return acc
+
+        def step(i, acc):
+            return finish(first + i - 1, start(first + i, acc), pending=1)
+
+        acc = lax.fori_loop(1, steps, step, start(first, zeros()))
+        return finish(first + steps - 1, acc, pending=0)
+
+    def multiply_from_registers(row, first):
+        tile = row * (block_m // 64) + warpgroup * (half // 64)
+
+        def load(source, layout, count, i):
+            return [
+                ptx.load(source.at[tile + mm, i * count + kk], layout)
+                for mm in range(half // 64)
+                for kk in range(count)
+            ]
+
+        def fragments(i):
+            values = load(a_gmem, wgmma.FRAGMENT, block_k // 32, i)
+            words = load(metadata_gmem, wgmma.FRAGMENT_METADATA, block_k // 64, i)
+            return values, words
+
+        def step(i, carry):
+            acc, values, words = carry
+            ahead = fragments(lax.min(i + 1, steps - 1))
+            s = stage(first + i)
+            plgpu.barrier_wait(full.at[s])
+            b = b_smem.at[s]
+            acc = wgmma.wgmma_sp(acc, values, words, b, b_is_nk=not form.b_is_kn)
+            acc = wgmma.wgmma_wait(acc, 0, [b])
+            plgpu.barrier_arrive(empty.at[s])
+            return acc, *ahead
+
+        acc, *_ = lax.fori_loop(0, steps, step, (zeros(), *fragments(0)))
+        return acc
+
+    def zeros():
+        acc = jnp.zeros((half, block_n), jnp.float32)
+        return plgpu.layout_cast(acc, wgmma.WGMMA_ACC)
+
+    def write(acc, row, column):
+        acc = plgpu.layout_cast(acc, wgmma.WGMMA)
+        rows = pl.ds(row * block_m + warpgroup * half, half)
+        width = _slice_width(form, config)
+        bias = None
+        if bias_gmem and form.bias_along_m:
+            bias = ptx.load(bias_gmem[0].at[rows], wgmma.WGMMA.reduce(1))
+        for j in range(0, block_n, width):
+            columns = pl.ds(column * block_n + j, width)
+            part = acc[:, j : j + width]
+            if bias_gmem and not form.bias_along_m:
+                bias = ptx.load(bias_gmem[0].at[columns], wgmma.WGMMA.reduce(0))
+            if bias is not None:
+                axis = 0 if form.bias_along_m else 1
+                part += lax.broadcast_in_dim(bias, part.shape, (axis,))
+            part = ACTIVATIONS[form.activation](part).astype(form.out_dtype)
+            # The slice before last has been read: two take turns.
+            plgpu.wait_smem_to_gmem(1 if j else 0, wait_read_only=True)
+            target = d_smem.at[warpgroup, j // width % 2]
+            if form.out_is_nm:
+                wgmma.store_transposed(target, part)
+                window = columns, rows
+            else:
+                target[...] = part
+                window = rows, columns
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(target, d_gmem.at[window])
+
+    @pl.when(warpgroup == _COPYING)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        count = for_tiles(copy)
+
+        # A block of a cluster must not end before the others have let go of its stages.
+        @pl.loop(lax.max(count - config.stages, 0), count)
+        def _(step):
+            plgpu.barrier_wait(empty.at[stage(step)])
+
+    @pl.when(warpgroup != _COPYING)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        multiply = {
+            "shared": multiply_from_shared,
+            "registers": multiply_from_registers,
+        }[config.a_from]
+        for_tiles(lambda row, column, first: write(multiply(row, first), row, column))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _whole_tiles(x: jax.Array, smem: Any) -> jax.Array:
+    """Pads a matrix to whole tiles of the shared memory that it is copied through."""
+    tiling, _ = smem.transforms
+    return _pad_to(x, tiling.tiling)
+
+
+def _pad_to(x: jax.Array, multiples: tuple[int, ...]) -> jax.Array:
+    """Zeros at the end of each axis, up to a multiple."""
+    sizes = zip(x.shape, multiples, strict=True)
+    return jnp.pad(x, [(0, -size % multiple) for size, multiple in sizes])

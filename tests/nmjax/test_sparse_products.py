@@ -1,0 +1,155 @@
+"""Which products of a layer go to a sparse tensor core, and that they stay the same."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nmjax
+from nmjax import recipes, sparse_products
+from pallas_kernels import matmul
+from pallas_kernels.dispatch import Choice
+
+T, K, N = 16, 32, 24
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """A device on which every sparse product was measured faster: what it was asked."""
+    asked = []
+
+    def judge(m, n, k, **kwargs):
+        asked.append((m, n, k))
+        return Choice("a kernel")
+
+    def choose(a, b, form):
+        # The sizes and layouts that were judged are those that are multiplied.
+        assert asked[-1] == (a.shape[0], b.shape[1 if form.b_is_kn else 0], a.shape[1])
+        return Choice("reference")
+
+    monkeypatch.setattr(sparse_products, "judge", judge)
+    monkeypatch.setattr(sparse_products, "_is_measured", lambda: True)
+    monkeypatch.setattr(matmul.dispatch, "choose", choose)
+    return asked
+
+
+def masked(x, axis):
+    return jnp.where(nmjax.magnitude_mask(x, "2:4", axis=axis), x, jnp.zeros_like(x))
+
+
+@pytest.mark.parametrize(
+    "sparse, options",
+    [
+        ("rhs", {}),
+        ("rhs", {"transpose_rhs": True}),
+        ("rhs", {"transpose_lhs": True}),
+        ("lhs", {}),
+        ("lhs", {"transpose_lhs": True}),
+    ],
+)
+def test_a_product_is_the_dense_one(rng, products, gemm_atol, sparse, options):
+    lhs = jnp.asarray(rng.standard_normal((T, K)), jnp.bfloat16)
+    rhs = jnp.asarray(rng.standard_normal((K, N)), jnp.bfloat16)
+    lhs = masked(lhs, -1) if sparse == "lhs" else lhs
+    rhs = masked(rhs, -2) if sparse == "rhs" else rhs
+    out = sparse_products.sparse_product(
+        lhs.T if options.get("transpose_lhs") else lhs,
+        rhs.T if options.get("transpose_rhs") else rhs,
+        sparse,
+        **options,
+    )
+    expected = np.asarray(lhs, np.float64) @ np.asarray(rhs, np.float64)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=gemm_atol("bfloat16", K))
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize(
+    "recipe, sizes",
+    [
+        ("dense", []),
+        ("sr_ste", [(N, T, K)]),
+        ("transposable", [(N, T, K), (K, T, N)]),
+        ("bi_mask", [(N, T, K), (K, T, N)]),
+        ("semi_sparse_activation", [(T, N, K), (K, N, T)]),
+        ("two_by_four", [(N, T, K), (K, T, N), (N, K, T)]),
+        ("sr_ste 4:8", []),
+    ],
+)
+@pytest.mark.parametrize("layer", ["Dense", "DenseGeneral"])
+def test_a_layer_runs_each_sparse_gemm_there(rng, products, recipe, sizes, layer):
+    recipe = {
+        "dense": recipes.dense(),
+        "sr_ste": recipes.sr_ste("2:4"),
+        "transposable": recipes.transposable("2:4", refresh=1),
+        "bi_mask": recipes.bi_mask("2:4"),
+        "semi_sparse_activation": recipes.semi_sparse_activation(),
+        "two_by_four": recipes.two_by_four(refresh=1),
+        "sr_ste 4:8": recipes.sr_ste("4:8"),
+    }[recipe]
+    rules = [nmjax.Rule(".*", recipe)]
+    flax_layer = {
+        "Dense": nn.Dense(N, dtype=jnp.bfloat16),
+        "DenseGeneral": nn.DenseGeneral((3, N // 3), dtype=jnp.bfloat16),
+    }[layer]
+    model = nmjax.sparsify(flax_layer, rules)
+    x = jnp.asarray(rng.standard_normal((2, T // 2, K)), jnp.bfloat16)
+    variables = model.init(jax.random.key(0), x)
+    products.clear()
+    keys = {"nm": jax.random.key(1)}
+
+    def loss(params, x):
+        out = model.apply({**variables, "params": params}, x, rngs=keys)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    grads = jax.grad(loss, (0, 1))(variables["params"], x)
+    assert products == sizes
+    with pytest.MonkeyPatch.context() as dense:
+        dense.setattr(sparse_products, "_is_measured", lambda: False)
+        expected = jax.grad(loss, (0, 1))(variables["params"], x)
+    assert products == sizes
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", ["transposable", "semi_sparse_activation"])
+def test_gradients_sum_over_devices_inside_shard_map(rng, products, monkeypatch, name):
+    """Data over one axis: dW is summed over it; outputs over the other: dx is."""
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=axes)
+    spec = jax.sharding.PartitionSpec
+    x = jnp.asarray(rng.integers(-3, 4, (T, K)), jnp.bfloat16)
+    w = jnp.asarray(rng.integers(-3, 4, (K, N)), jnp.bfloat16)
+    recipe = recipes.semi_sparse_activation()
+    if name == "transposable":
+        recipe = recipes.transposable("2:4", refresh=1)
+        w *= nmjax.transposable_mask(abs(w), "2:4")
+
+    def loss(x, w):
+        numbers = (((1,), (0,)), ((), ()))
+        y = nmjax.ops.nm_dot_general(x, w, numbers, recipe=recipe)
+        return jax.lax.psum(y.astype(jnp.float32).sum(), ("data", "model"))
+
+    loss = jax.shard_map(
+        loss, mesh=mesh, in_specs=(spec("data"), spec(None, "model")), out_specs=spec()
+    )
+    actual = jax.grad(loss, (0, 1))(x, w)
+    assert len(products) == 2
+    monkeypatch.setattr(sparse_products, "_is_measured", lambda: False)
+    expected = jax.grad(loss, (0, 1))(x, w)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_float32_and_ragged_products_stay_dense(products):
+    product = sparse_products.sparse_product
+    assert product(jnp.ones((4, 8)), jnp.ones((8, 4)), "rhs") is None
+    six = jnp.ones((6, 6), jnp.bfloat16)
+    assert product(six, six, "rhs") is None
+    assert products == []
+
+
+def test_without_a_measurement_nothing_is_judged():
+    assert not sparse_products.may_run_on_tensor_core(recipes.sr_ste("2:4"))
+    eight = jnp.ones((8, 8), jnp.bfloat16)
+    assert sparse_products.sparse_product(eight, eight, "rhs") is None

@@ -1,0 +1,179 @@
+"""Compiles Pallas kernels for GPUs that are not there; needs the CUDA plugin's wheels.
+
+jax's ahead-of-time topologies need no driver: PTX and ptxas's report are dumped, and
+`nvdisasm`, where its wheel is installed, shows the machine code. The compiler serves
+one architecture a process, so each has a process of its own.
+"""
+
+import atexit
+import concurrent.futures
+import dataclasses
+import functools
+import importlib.util
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+
+_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+# Where NVIDIA's wheels put their binaries, below the namespace package `nvidia`.
+_BINARIES = ("cu13/bin", "cuda_nvcc/bin", "cuda_nvdisasm/bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU to compile for; figures of NVIDIA's data sheets and occupancy tables."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int  # bytes a block may opt in to
+    architecture_specific: bool = True  # sm_90a rather than sm_90
+
+    @property
+    def arch(self) -> str:
+        """As ptxas names it."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}" + "a" * self.architecture_specific
+
+
+A100 = Target("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912, False)
+RTX3090 = Target("NVIDIA GeForce RTX 3090", (8, 6), 82, 101_376, False)
+H200 = Target("NVIDIA H200", (9, 0), 132, 232_448)
+B200 = Target("NVIDIA B200", (10, 0), 148, 232_448)
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here; None where it can."""
+    if not any(importlib.util.find_spec(plugin) for plugin in _PLUGINS):
+        return (
+            "needs a CUDA plugin wheel, no GPU: "
+            "pip install --no-deps -r .ci/gpu-compiler.txt"
+        )
+    if find_binary("ptxas") is None:
+        return "needs ptxas: the wheel nvidia-cuda-nvcc"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What came out of one kernel."""
+
+    ptx: str
+    report: str  # of ptxas -v
+    sass: str | None  # machine code; None without nvdisasm
+
+    def spilled_bytes(self) -> int:
+        """Bytes of registers spilled to memory, stores and loads."""
+        found = re.findall(r"(\d+) bytes spill (?:stores|loads)", self.report)
+        return sum(int(count) for count in found)
+
+    def registers(self) -> int:
+        """Registers of a thread."""
+        return max(int(n) for n in re.findall(r"Used (\d+) registers", self.report))
+
+
+def compile_kernel(
+    function: Callable, *arguments: jax.ShapeDtypeStruct, target: Target
+) -> Compiled:
+    """Compiles a function with one Mosaic GPU kernel in it for `target`.
+
+    The function goes to another process: it has to be a module's, or a
+    `functools.partial` of one.
+    """
+    return _process(target.arch).submit(_compile, function, arguments, target).result()
+
+
+@functools.cache
+def _process(arch: str) -> concurrent.futures.Executor:
+    del arch  # one process each
+    spawn = multiprocessing.get_context("spawn")
+    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn)
+    atexit.register(executor.shutdown)
+    return executor
+
+
+def _compile(function, arguments, target: Target) -> Compiled:
+    topology = topologies.get_topology_desc(
+        "one", platform="cuda", topology="1x1x1", target_config=_config(target)
+    )
+    (device, *_) = topology.devices
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+    )
+    with _dump_folder() as folder, jax.default_device(device):
+        lowered = jax.jit(function).trace(*arguments)
+        lowered.lower(lowering_platforms=("cuda",)).compile()
+        (path,) = folder.glob("*.ptx")
+        cubin = folder / "kernel.cubin"
+        report = subprocess.run(
+            [find_binary("ptxas"), "-v", f"-arch={target.arch}", path, "-o", cubin],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stderr
+        sass = None
+        if disassembler := find_binary("nvdisasm"):
+            sass = subprocess.run(
+                [disassembler, "-c", cubin], check=True, capture_output=True, text=True
+            ).stdout
+        return Compiled(path.read_text(), report, sass)
+
+
+def find_binary(name: str) -> str | None:
+    """A tool of the CUDA toolkit: from NVIDIA's wheels, or else from PATH."""
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations if spec else ():
+        for folder in _BINARIES:
+            path = Path(root, folder, name)
+            if path.is_file():
+                return str(path)
+    return shutil.which(name)
+
+
+@contextmanager
+def _dump_folder() -> Iterator[Path]:
+    """A new folder each time: Mosaic never overwrites a file it dumped before."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": folder}
+        os.environ.update(settings)
+        try:
+            yield Path(folder)
+        finally:
+            for name in settings:
+                del os.environ[name]
+
+
+def _config(target: Target) -> str:
+    major, minor = target.capability
+    features = "ACCELERATED_FEATURES" if target.architecture_specific else "NONE"
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: {target.shared_memory + 1024}
+  shared_memory_per_block_optin: {target.shared_memory}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: {target.multiprocessors} fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: 4000000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.9
+  device_memory_size: 85100068864 device_address_bits: 64 name: "{target.name}"
+  cuda_compute_capability {{
+    major: {major} minor: {minor} feature_extension: {features}
+  }}
+  driver_version: "13.0.0" runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{target.name}"
+"""

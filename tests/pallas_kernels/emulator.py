@@ -1,0 +1,126 @@
+"""`mma.sp` m16n8k32 and `wgmma.sp` m64nNk32 in NumPy, lane by lane.
+
+Written from the fragment tables of the PTX ISA ("Warp-level matrix instructions" and
+"Asynchronous warpgroup level matrix instructions", sparse matrix A, 16-bit types), and
+from nothing else of this repository: a lane has group g = lane / 4 and thread t =
+lane % 4.
+
+    A  16x16 values     a0..a7:  row g, or g + 8 for a2 a3 a6 a7;
+                                 column 2t + i % 2, plus 8 for a4..a7
+    B  32x8             b0..b7:  row 2t + i % 2 + 8 (i / 2), column g
+    C  16x8             c0..c3:  row g + 8 (i / 2), column 2t + i % 2
+    metadata            one 32-bit word of the lanes t = 2 sel, 2 sel + 1: the low half
+                        is for row g, the high half for row g + 8; four nibbles each,
+                        for 16 columns of A
+"""
+
+import numpy as np
+
+LANE = np.arange(32)
+GROUP, THREAD = LANE // 4, LANE % 4
+
+
+def a_positions() -> tuple[np.ndarray, np.ndarray]:
+    """Row and column in the 16x16 values of each lane's a0..a7: (32, 8) each."""
+    i = np.arange(8)
+    rows = GROUP[:, None] + 8 * (i // 2 % 2)
+    columns = 2 * THREAD[:, None] + i % 2 + 8 * (i // 4)
+    return rows, columns
+
+
+def b_positions() -> tuple[np.ndarray, np.ndarray]:
+    """Row and column in the 32x8 tile of each lane's b0..b7."""
+    i = np.arange(8)
+    rows = 2 * THREAD[:, None] + i % 2 + 8 * (i // 2)
+    return rows, np.broadcast_to(GROUP[:, None], rows.shape)
+
+
+def c_positions() -> tuple[np.ndarray, np.ndarray]:
+    """Row and column in the 16x8 tile of each lane's c0..c3."""
+    i = np.arange(4)
+    return GROUP[:, None] + 8 * (i // 2), 2 * THREAD[:, None] + i % 2
+
+
+def mma_sp(
+    a: np.ndarray, b: np.ndarray, c: np.ndarray, metadata: np.ndarray, selector: int
+) -> np.ndarray:
+    """One `mma.sp.m16n8k32`.
+
+    Args:
+      a: Registers of A, (32 lanes, 8).
+      b: Registers of B, (32, 8).
+      c: Registers of the accumulator, (32, 4).
+      metadata: A word of each lane, uint32 (32,); half of them are read.
+      selector: Which half: 0 or 1.
+
+    Returns:
+      The new accumulator registers.
+    """
+    dense_a, dense_b = np.zeros((16, 32)), np.zeros((32, 8))
+    dense_b[b_positions()] = b
+    for lane in range(32):
+        rows, columns = a_positions()
+        for i in range(0, 8, 2):
+            row, group = rows[lane, i], columns[lane, i] // 2
+            word = int(metadata[4 * (row % 8) + 2 * selector + group // 4])
+            half = word >> 16 if row >= 8 else word & 0xFFFF
+            nibble = half >> 4 * (group % 4) & 0xF
+            first, second = nibble & 3, nibble >> 2
+            assert first < second, "metadata out of order: the result is undefined"
+            dense_a[row, 4 * group + first] = a[lane, i]
+            dense_a[row, 4 * group + second] = a[lane, i + 1]
+    return c + (dense_a @ dense_b)[c_positions()]
+
+
+def gemm_mma_sp(values: np.ndarray, words: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A · B tile by tile by `mma_sp`: values (M, K/2), words (M/2, K/16), B (K, N)."""
+    (m, _), (k, n) = values.shape, b.shape
+    out = np.zeros((m, n))
+    words = np.asarray(words).view(np.uint32)
+    for i in range(0, m, 16):
+        for j in range(0, n, 8):
+            tile = np.zeros((32, 4))
+            for kk in range(0, k, 32):
+                column = kk // 64 * 4
+                tile = mma_sp(
+                    values[i : i + 16, kk // 2 : kk // 2 + 16][a_positions()],
+                    b[kk : kk + 32, j : j + 8][b_positions()],
+                    tile,
+                    words[i // 2 : i // 2 + 8, column : column + 4].ravel(),
+                    kk // 32 % 2,
+                )
+            out[i : i + 16, j : j + 8][c_positions()] = tile
+    return out
+
+
+def wgmma_sp(
+    a: np.ndarray, b: np.ndarray, c: np.ndarray, metadata: np.ndarray, selector: int
+) -> np.ndarray:
+    """One `wgmma.mma_async.sp.m64nNk32` with A in registers.
+
+    Warp w of the four owns rows 16w to 16w + 15, with the fragments of `mma.sp`; N is
+    cut into tiles of eight columns.
+
+    Args:
+      a: Registers of A, (128 threads, 8).
+      b: B in shared memory, (32, N).
+      c: Registers of the accumulator, (128, N/2): four for each eight columns.
+      metadata: A word of each thread, uint32 (128,).
+      selector: Which two of the four lanes of a row hold its metadata.
+
+    Returns:
+      The new accumulator registers.
+    """
+    out = np.empty_like(c)
+    for warp in range(4):
+        lanes = slice(32 * warp, 32 * warp + 32)
+        for tile in range(b.shape[1] // 8):
+            columns = slice(4 * tile, 4 * tile + 4)
+            out[lanes, columns] = mma_sp(
+                a[lanes],
+                b[:, 8 * tile : 8 * tile + 8][b_positions()],
+                c[lanes, columns],
+                metadata[lanes],
+                selector,
+            )
+    return out

@@ -1,0 +1,347 @@
+"""Mask + compress against its definition, on every implementation."""
+
+import dataclasses
+import functools
+import logging
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import nmjax
+from pallas_kernels import (
+    compress,
+    compression_mosaic,
+    decompress,
+    implementations,
+    ptx,
+    reference,
+)
+from pallas_kernels.compression import compress_magnitude, compress_transposable
+from pallas_kernels.devices import Device
+from pallas_kernels.tile_selection import transposable_2to4
+from tests.pallas_kernels import ahead_of_time
+from tests.pallas_kernels.ahead_of_time import A100, B200, H200
+from tests.pallas_kernels.element_wise import (
+    SPECIAL,
+    assert_same,
+    every_group,
+    widths,
+)
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+AXES = [-1, -2]
+interpreted = pytest.mark.skipif(
+    ptx.JAX_VERSION < (0, 11),
+    reason="Pallas' interpreter has no plgpu.load with a layout before jax 0.11",
+)
+compiled = pytest.mark.skipif(
+    ahead_of_time.missing() is not None, reason=str(ahead_of_time.missing())
+)
+
+
+def expected_of(w, axis, dtype):
+    mask = nmjax.magnitude_mask(w, "2:4", axis=axis)
+    return compress(w, mask, axis=axis, dtype=dtype)
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_group_is_masked_as_nmjax_masks_it(axis, dtype):
+    w = jnp.asarray(every_group(axis, dtype))
+    compressed = compress_magnitude(w, axis=axis)
+    compressed.validate()
+    assert_same(compressed, expected_of(w, axis, jnp.bfloat16))
+
+
+@hypothesis.given(data=st.data(), shape=st.sampled_from([(1, 4), (3, 8), (17, 68)]))
+@hypothesis.settings(max_examples=30)
+def test_any_entries_in_any_size(data, shape):
+    count = shape[0] * shape[1]
+    chosen = data.draw(
+        st.lists(st.integers(0, len(SPECIAL)), min_size=count, max_size=count)
+    )
+    w = np.array([*SPECIAL, 2.0], np.float32)[chosen].reshape(shape)
+    for axis, matrix in ((-1, w), (-2, w.T)):
+        compressed = compress_magnitude(jnp.asarray(matrix), axis=axis)
+        assert_same(compressed, expected_of(matrix, axis, jnp.bfloat16))
+
+
+def test_the_mask_is_chosen_from_the_master(rng):
+    w = jnp.asarray(1 + rng.random((64, 32)) / 512, jnp.float32)  # bfloat16: ties
+    compressed = compress_magnitude(w)
+    mask = nmjax.magnitude_mask(w, "2:4")
+    np.testing.assert_array_equal(decompress(compressed) != 0, mask)
+    assert (nmjax.magnitude_mask(w.astype(jnp.bfloat16), "2:4") != mask).any()
+
+
+@pytest.mark.parametrize("at_most", [False, True])
+def test_both_forms_have_one_mask_that_serves_both_axes(rng, at_most):
+    w = jnp.asarray(rng.standard_normal((24, 40)), jnp.float32)
+    compressed, transposed = compress_transposable(
+        w, at_most=at_most, dtype=jnp.float16
+    )
+    for form in (compressed, transposed):
+        form.validate()
+        assert form.axis == -2 and form.dtype == jnp.float16
+    dense = np.asarray(decompress(compressed))
+    np.testing.assert_array_equal(decompress(transposed), dense.T)
+    tiles = w.reshape(6, 4, 10, 4)
+    scores = [[jnp.abs(tiles[:, i, :, j]) for j in range(4)] for i in range(4)]
+    bits = np.asarray(transposable_2to4(scores, at_most=at_most))
+    mask = (bits[:, None, :, None] >> np.arange(16).reshape(4, 1, 4)) & 1
+    expected = np.where(mask.reshape(24, 40), w, 0).astype(np.float16)
+    np.testing.assert_array_equal(dense, expected)
+    counts = mask.sum((1, 3))
+    assert set(counts.flat) <= ({7, 8} if at_most else {8})
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "transposable"])
+def test_the_gradient_of_values_reaches_kept_entries(rng, kind):
+    w = jnp.asarray(rng.standard_normal((8, 12)), jnp.float32)
+
+    def forms(w):
+        if kind == "magnitude":
+            return [compress_magnitude(w)]
+        return compress_transposable(w)
+
+    def energy(w):
+        squares = [jnp.square(c.values.astype(jnp.float32)).sum() for c in forms(w)]
+        return functools.reduce(jnp.add, squares) / 2
+
+    expected = len(forms(w)) * np.asarray(decompress(forms(w)[0]), np.float32)
+    gradient = jax.grad(energy)(w)
+    assert gradient.dtype == w.dtype
+    np.testing.assert_array_equal(gradient, expected)
+    np.testing.assert_array_equal(jax.jit(jax.grad(energy))(w), expected)
+
+
+def unstacked(compressed):
+    values, metadata = compressed.values, compressed.metadata
+    for v, m in zip(values, metadata, strict=True):
+        yield dataclasses.replace(compressed, values=v, metadata=m)
+
+
+def test_vmap_compresses_each_matrix(rng):
+    w = jnp.asarray(rng.standard_normal((3, 8, 12)), jnp.bfloat16)
+    stacked = jax.vmap(compress_magnitude)(w)
+    for actual, matrix in zip(unstacked(stacked), w, strict=True):
+        assert_same(actual, compress_magnitude(matrix))
+
+
+def test_a_kernel_is_mapped_over_one_matrix_after_another(rng, monkeypatch):
+    def kernel(w, *, axis, dtype):
+        assert w.ndim == 2
+        return reference.compress_2to4(w, dtype)
+
+    monkeypatch.setattr(compression_mosaic, "unavailable", lambda: None)
+    monkeypatch.setattr(compression_mosaic, "compress_magnitude", kernel)
+    w = jnp.asarray(rng.standard_normal((3, 5, 8)), jnp.float32)
+    run = functools.partial(compress_magnitude, axis=-1, implementation="mosaic")
+    stacked = jax.vmap(run)(w)
+    for actual, matrix in zip(unstacked(stacked), w, strict=True):
+        assert_same(actual, expected_of(matrix, -1, jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        ((8, 6), {"axis": -1}, "axis -1 of shape .* has size 6, not a multiple of 4"),
+        ((6, 8), {}, "axis -2 of shape .* has size 6, not a multiple of 4"),
+        ((2, 8, 8), {}, "expected one matrix"),
+        ((8, 8), {"axis": 0}, "axis must be -1 or -2, got 0"),
+        ((8, 8), {"dtype": jnp.float32}, "dtype='float32': values are written as"),
+        ((8, 8), {"implementation": "cuda"}, "implementation='cuda': expected None"),
+    ],
+)
+def test_what_is_not_supported_raises(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        compress_magnitude(jnp.zeros(shape), **options)
+
+
+def test_a_transposable_mask_needs_whole_tiles():
+    with pytest.raises(ValueError, match="axis -1 of shape .* has size 6"):
+        compress_transposable(jnp.zeros((8, 6)))
+
+
+def test_integers_are_refused():
+    with pytest.raises(ValueError, match="w is int32, expected one of"):
+        compress_magnitude(jnp.zeros((8, 8), jnp.int32))
+
+
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+def test_a_kernel_that_cannot_run_here_says_why(name):
+    if jax.default_backend() == "gpu":
+        pytest.skip("here it can")
+    with pytest.raises(NotImplementedError, match=f"implementation='{name}': needs"):
+        compress_magnitude(jnp.zeros((8, 8)), implementation=name)
+
+
+def test_without_a_kernel_it_says_so_once(caplog):
+    implementations._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        for _ in range(2):
+            compress_magnitude(jnp.zeros((8, 8)))
+    said = [r.getMessage() for r in caplog.records if "compression" in r.getMessage()]
+    if jax.default_backend() == "cpu":
+        assert said == ["compression: no kernel for this device: plain jnp"]
+
+
+def test_none_takes_a_kernel_only_where_it_is_proven(monkeypatch):
+    device = Device("Some GPU", (9, 0))
+    monkeypatch.setattr(implementations, "this_device", lambda: device)
+    monkeypatch.setattr(compression_mosaic, "unavailable", lambda: None)
+    assert implementations.choose(None, "compression") == "reference"
+    monkeypatch.setattr(implementations, "PROVEN_ON", frozenset({"Some GPU"}))
+    assert implementations.choose(None, "compression") == "mosaic"
+    monkeypatch.setattr(compression_mosaic, "unavailable", lambda: "is too old")
+    triton = implementations.module("triton", "compression")
+    monkeypatch.setattr(triton, "unavailable", lambda: "is not installed")
+    assert implementations.choose(None, "compression") == "reference"
+
+
+def interpret(function, w, **options):
+    run = functools.partial(function, interpret=ptx.interpreter(), **options)
+    return jax.jit(run)(w)
+
+
+@interpreted
+@pytest.mark.parametrize("axis", AXES)
+def test_interpreted_kernel_masks_every_group(axis):
+    w = jnp.asarray(every_group(axis, jnp.float32))
+    actual = interpret(
+        compression_mosaic.compress_magnitude, w, axis=axis, dtype=jnp.bfloat16
+    )
+    assert_same(actual, expected_of(w, axis, jnp.bfloat16))
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows, k", [(1, 4), (20, 72), (128, 128)])
+def test_interpreted_kernel_in_other_sizes_and_types(axis, dtype, rows, k, rng):
+    w = rng.integers(-3, 4, (rows, k))
+    w = jnp.asarray(w if axis == -1 else w.T, dtype)
+    actual = interpret(
+        compression_mosaic.compress_magnitude, w, axis=axis, dtype=jnp.float16
+    )
+    assert_same(actual, expected_of(w, axis, jnp.float16))
+
+
+def check_transposable(w, at_most, run):
+    actual = run(w, dtype=jnp.bfloat16, at_most=at_most)
+    expected = reference.compress_transposable(w, jnp.bfloat16, at_most=at_most)
+    for form, same in zip(actual, expected, strict=True):
+        assert_same(form, same)
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "at_most, k, n", [(False, 64, 128), (False, 36, 20), (True, 36, 20)]
+)
+def test_interpreted_kernel_of_both_forms(at_most, k, n, rng):
+    w = jnp.asarray(rng.integers(-4, 5, (k, n)), jnp.bfloat16)
+    kernel = compression_mosaic.compress_transposable
+    check_transposable(w, at_most, functools.partial(interpret, kernel))
+
+
+def test_four_warps_lie_so_that_padding_is_least():
+    tile = compression_mosaic._tile
+    assert tile(1024, 4096, 64) == (1, 1024, 4096)
+    assert tile(256, 64, 64) == (4, 256, 64)
+    assert tile(192, 192, 64) == (1, 192, 256)  # as little as (2, 256, 192)
+    assert tile(1000, 2048, 64) == (1, 1024, 2048)
+
+
+MAGNITUDE = compression_mosaic.compress_magnitude
+TRANSPOSABLE = compression_mosaic.compress_transposable
+# By name and dtype: the kernel; how many loads and stores of how many bytes a thread
+# has; the most registers, of which 128 let four blocks share a multiprocessor.
+KERNELS = {
+    ("rows", "bfloat16"): (MAGNITUDE, {"axis": -1}, {16: 4}, {16: 2, 4: 1}, 64),
+    ("rows", "float32"): (MAGNITUDE, {"axis": -1}, {16: 8}, {16: 2, 4: 1}, 64),
+    ("columns", "bfloat16"): (MAGNITUDE, {"axis": -2}, {8: 32}, {16: 8, 4: 4}, 128),
+    ("columns", "float32"): (MAGNITUDE, {"axis": -2}, {16: 32}, {16: 8, 4: 4}, 128),
+    ("tiles", "bfloat16"): (
+        *(TRANSPOSABLE, {"at_most": False}, {8: 16}, {16: 4, 4: 28}, 168),
+    ),
+    ("tiles, at most", "bfloat16"): (
+        *(TRANSPOSABLE, {"at_most": True}, {8: 16}, {16: 4, 4: 28}, 255),
+    ),
+}
+COMPILED = [
+    pytest.param(target, *kernel, id=f"{target.arch}, {', '.join(kernel)}", marks=marks)
+    for target in (H200, A100, B200)
+    for kernel in KERNELS
+    # One architecture for all kernels, one kernel for all architectures; CI has all.
+    for marks in [
+        [] if target is H200 or kernel == ("columns", "bfloat16") else pytest.mark.slow
+    ]
+]
+
+
+@compiled
+@pytest.mark.parametrize("target, name, dtype", COMPILED)
+def test_kernel_compiles_with_wide_loads_and_no_spills(target, name, dtype):
+    kernel, options, loads, stores, registers = KERNELS[name, dtype]
+    w = jax.ShapeDtypeStruct((1024, 768), dtype)
+    function = functools.partial(kernel, dtype=jnp.bfloat16, **options)
+    result = ahead_of_time.compile_kernel(function, w, target=target)
+    assert widths(result.ptx, "ld") == loads
+    assert widths(result.ptx, "st") == stores
+    assert result.spilled_bytes() == 0
+    assert result.registers() <= registers
+
+
+def test_what_kernels_need_is_said(monkeypatch):
+    def reason(capability, version):
+        monkeypatch.setattr(ptx, "capability", lambda: capability)
+        monkeypatch.setattr(ptx, "JAX_VERSION", version)
+        return compression_mosaic.unavailable()
+
+    assert reason((9, 0), (0, 11, 2)) is None
+    assert reason((8, 0), (0, 11, 2)) is None
+    assert reason((7, 5), (0, 11, 2)).startswith("needs compute capability 8.0")
+    assert reason((8, 0), (0, 10, 2)).startswith("compiles for Ampere and Ada from")
+    assert reason((9, 0), (0, 10, 2)).startswith("needs jax 0.11")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+class TestOnGPU:
+    @pytest.fixture(autouse=True)
+    def where_it_runs(self, name):
+        reason = implementations.module(name, "compression").unavailable()
+        if reason:
+            pytest.skip(f"{name} {reason}")
+
+    @pytest.mark.parametrize("axis", AXES)
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_every_group(self, name, axis, dtype):
+        w = jnp.asarray(every_group(axis, dtype))
+        for out in (jnp.bfloat16, jnp.float16):
+            actual = compress_magnitude(w, axis=axis, dtype=out, implementation=name)
+            assert_same(actual, expected_of(w, axis, out))
+
+    @pytest.mark.parametrize("axis", AXES)
+    @pytest.mark.parametrize("rows, k", [(1, 4), (20, 72), (1000, 2048), (4096, 1024)])
+    def test_sizes(self, name, axis, rows, k, rng):
+        w = rng.standard_normal((rows, k) if axis == -1 else (k, rows))
+        w = jnp.asarray(w, jnp.float32)
+        actual = compress_magnitude(w, axis=axis, implementation=name)
+        assert_same(actual, expected_of(w, axis, jnp.bfloat16))
+
+    @pytest.mark.parametrize("at_most", [False, True])
+    @pytest.mark.parametrize("k, n", [(4, 4), (36, 20), (1024, 4096)])
+    def test_both_forms(self, name, at_most, k, n, rng):
+        run = functools.partial(compress_transposable, implementation=name)
+        w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
+        check_transposable(w, at_most, run)
+        ties = jnp.asarray(rng.integers(-2, 3, (k, n)), jnp.bfloat16)
+        check_transposable(ties, at_most, run)
