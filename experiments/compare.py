@@ -208,7 +208,8 @@ def _origin(options: CompareOptions) -> str:
     words = ["python", "-m", "experiments.imagenet", "compare"]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if value != field.default:
+        # Where things are is nobody else's business.
+        if value != field.default and field.name not in ("output_dir", "data_path"):
             # Boolean options have no value on the command line.
             words += [flag(field.name)] + ([] if value is True else [str(value)])
     on = versions()
