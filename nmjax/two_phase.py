@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Schedule = Callable[[jax.Array], jax.typing.ArrayLike]
+Schedule = Callable[[jax.Array], Any]
 
 
 class TwoPhaseAdamState(NamedTuple):
