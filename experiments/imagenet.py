@@ -16,9 +16,9 @@ from typing import TypeVar
 
 import tyro
 
+from experiments.methods import METHODS, CompareOptions
 from experiments.presets import (
     PRESETS,
-    CompareOptions,
     Options,
     flag,
     read_options,
@@ -33,6 +33,8 @@ _EXAMPLES = f"""\
 {PROG}
     compares dense, SR-STE 2:4 and one-shot pruning on bundled data; what its options
     are: compare --help
+{PROG} compare --recipes all --patterns 2:4,1:8 --folds 5 --seeds 4
+    compares all methods by cross-validation, on the same parameters and batches
 {PROG} resnet50-2to4 --data-path D --output-dir runs/r50
     trains a preset; the same command again continues after an interruption
 {PROG} --dataset digits --model resnet8 --pattern 1:4 --epochs 15
@@ -48,7 +50,7 @@ _TORCHVISION = {
     "--lr-step-size": "--lr-steps",
 }
 
-# These words on a command line without a preset mean: one network, no comparison.
+# These words on a command line without a preset or compare mean: one network.
 _SINGLE = {"model", "dataset", "resume", "test_only", "help"}
 
 
@@ -270,9 +272,10 @@ def _about_preset(name: str) -> str:
 
 
 def _about_compare() -> str:
+    methods = "\n".join(f"  {name}: {m.label}" for name, m in METHODS.items())
     return (
-        "Compares dense training, SR-STE and one-shot pruning of ResNet-8 on the "
-        "bundled digits, with the same initial parameters and batches for each seed."
+        "Compares methods on a small dataset with ResNet-8: the same initial "
+        "parameters, batches and folds for all of them.\n\nMethods:\n" + methods
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures of runs, as PNG files: learning curves, flip rate, paired accuracy."""
+"""Figures as PNG files: of runs their curves and masks, of comparisons the gaps."""
 
 import csv
 import math
@@ -14,6 +14,9 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import PercentFormatter  # noqa: E402
+
+from experiments.methods import DENSE, Arm  # noqa: E402
+from experiments.tables import Comparison  # noqa: E402
 
 _STYLE: dict[Any, Any] = {
     "axes.grid": True,
@@ -50,14 +53,17 @@ def read_metrics(path: Path) -> dict[str, Curve]:
 
 
 def plot_run(folder: Path) -> None:
-    """Draws the learning curves, and for a sparse run the flip rate, into plots/."""
-    plot_runs({folder.name: [folder]}, folder / "plots")
+    """Draws the learning curves, and for a sparse run its masks, into plots/."""
+    output = folder / "plots"
+    plot_runs({folder.name: [folder]}, output)
+    if (folder / "layers.csv").exists():
+        _plot_layers(folder / "layers.csv", output / "layers.png")
 
 
 def plot_runs(methods: Mapping[str, Sequence[Path]], output: Path) -> None:
-    """Draws runs together: one colour for each method, one line for each run.
+    """Draws runs together: for each method the mean of its runs, and their range.
 
-    Writes learning_curves.png and, where a run has sparse weights, flip_rate.png.
+    Writes learning_curves.png and, where a run has masks, flip_rate.png.
 
     Args:
       methods: Run folders by the name of their method.
@@ -80,43 +86,98 @@ def plot_runs(methods: Mapping[str, Sequence[Path]], output: Path) -> None:
         accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _save(figure, output / "learning_curves.png")
 
-        sparse = {
+        masked = {
             method: [run for run in runs if "flip_rate" in run]
             for method, runs in curves.items()
         }
-        sparse = {method: runs for method, runs in sparse.items() if runs}
-        if sparse:
-            figure, axes = plt.subplots(figsize=(5.4, 3.6))
-            _draw(axes, sparse, "flip_rate", colors)
-            axes.set(title="Mask changes", ylabel="flip rate (mask bits per step)")
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        masked = {method: runs for method, runs in masked.items() if runs}
+        if masked:
+            figure, (flips, kept) = plt.subplots(1, 2, figsize=(9, 3.6))
+            _draw(flips, masked, "flip_rate", colors)
+            flips.set(title="Mask changes", ylabel="flip rate (mask bits per step)")
+            flips.set_ylim(bottom=0)
+            flips.yaxis.set_major_formatter(PercentFormatter(1))
+            _draw(kept, masked, "retained_magnitude", colors)
+            kept.set(title="Magnitude under the masks", ylabel="share of all weights'")
+            kept.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             _save(figure, output / "flip_rate.png")
 
 
-def plot_pairs(
-    methods: Mapping[str, Sequence[float]], seeds: Sequence[int], path: Path
-) -> None:
-    """Draws the accuracy of each method, joined by a line for each seed.
-
-    Args:
-      methods: Top-1 in percent by method, one value for each seed.
-      seeds: The seeds, in the same order.
-      path: The PNG file.
-    """
+def _plot_layers(file: Path, path: Path) -> None:
+    """Draws flip rate and retained magnitude of each layer over the run."""
+    columns: dict[str, dict[str, Curve]] = {}
+    with file.open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            layer = columns.setdefault(row["path"].removesuffix("/kernel"), {})
+            for name in ("flip_rate", "retained_magnitude"):
+                steps, values = layer.setdefault(name, ([], []))
+                steps.append(int(row["step"]))
+                values.append(float(row[name]))
+    if not columns:
+        return
+    colors = plt.get_cmap("viridis")
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(1.6 + 1.7 * len(methods), 3.6))
-        for index, seed in enumerate(seeds):
-            values = [accuracies[index] for accuracies in methods.values()]
-            axes.plot(range(len(methods)), values, marker="o", label=f"seed {seed}")
-        axes.set_xticks(range(len(methods)), [m.replace(", ", "\n") for m in methods])
-        axes.set_xlim(-0.3, len(methods) - 0.7)
-        axes.set(title="Paired runs", ylabel="test top-1 (%)")
-        # Room on both sides, lest one test image look like a cliff.
-        every = [value for values in methods.values() for value in values]
-        axes.set_ylim(min(every) - 0.5, max(every) + 0.5)
-        axes.legend()
+        figure, (flips, kept) = plt.subplots(1, 2, figsize=(10, 4))
+        for index, (layer, curves) in enumerate(columns.items()):
+            color = colors(index / max(1, len(columns) - 1))
+            flips.plot(*curves["flip_rate"], color=color, label=layer)
+            kept.plot(*curves["retained_magnitude"], color=color, label=layer)
+        flips.set(title="Mask changes", ylabel="flip rate (mask bits per step)")
+        kept.set(title="Magnitude under the masks", ylabel="share of the layer's")
+        for axes in (flips, kept):
+            axes.set_xlabel("optimizer step")
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        if len(columns) <= 20:  # more names than lines that can be told apart
+            kept.legend(fontsize="x-small")
         _save(figure, path)
+
+
+def plot_comparison(found: Comparison, output: Path) -> None:
+    """Draws accuracy.png, gaps.png and step_time.png of a comparison."""
+    dense = Arm(DENSE, "")
+    shown = _without_far(found)
+    labels = [arm.label for arm in shown]
+    height = 1.2 + 0.34 * len(shown)
+    rows = range(len(shown))[::-1]  # the first on top
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(8, height))
+        for row, arm in zip(rows, shown, strict=True):
+            values = found.top1(arm)
+            axes.plot(values, [row] * len(values), "o", color="C0", alpha=0.35)
+            axes.plot(sum(values) / len(values), row, "|", color="k", markersize=16)
+        axes.set(title="Accuracy of each network, and mean", xlabel="test top-1 (%)")
+        axes.set_yticks(rows, labels)
+        _save(figure, output / "accuracy.png")
+
+        figure, axes = plt.subplots(figsize=(8, height))
+        for row, arm in zip(rows, shown, strict=True):
+            mean, _, half = (0, 0, 0) if arm == dense else found.gap(arm, dense)
+            axes.errorbar(mean, row, xerr=half, fmt="o", color="C0", capsize=3)
+        axes.axvline(0, color="k", linewidth=0.8)
+        axes.set(
+            title="Paired gap to dense, with its 95 % interval",
+            xlabel="percentage points",
+        )
+        axes.set_yticks(rows, labels)
+        _save(figure, output / "gaps.png")
+
+        ratios = {a.label: r for a in found.arms if (r := found.step_ratio(a))}
+        if ratios:
+            figure, axes = plt.subplots(figsize=(8, 1.2 + 0.34 * len(ratios)))
+            axes.boxplot(
+                list(ratios.values())[::-1],
+                orientation="horizontal",
+                tick_labels=list(ratios)[::-1],
+            )
+            axes.set(title="Step time, dense = 1", xlabel="ratio within a unit")
+            axes.set_xlim(left=0)
+            _save(figure, output / "step_time.png")
+
+
+def _without_far(found: Comparison) -> list[Arm]:
+    """The arms within 15 points of dense: a farther one would hide all differences."""
+    dense = Arm(DENSE, "")
+    return [a for a in found.arms if a == dense or found.gap(a, dense)[0] > -15]
 
 
 def _draw(
@@ -126,22 +187,24 @@ def _draw(
     colors: Mapping[str, str],
     marker: str = "",
 ) -> None:
-    """Draws one column of all runs against the step."""
+    """Draws one column against the step: mean of the runs of a method, and range."""
     for method, runs in methods.items():
-        for number, run in enumerate(runs):
-            steps, values = run.get(column, ([], []))
-            axes.plot(
-                steps,
-                values,
-                color=colors[method],
-                alpha=0.9 if len(runs) == 1 else 0.6,
-                linewidth=1.3,
-                marker=marker,
-                label=method if number == 0 else None,
-            )
+        curves = [run[column] for run in runs if column in run]
+        if not curves:
+            continue
+        # A run that was made with another --print-freq has other steps.
+        steps = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
+        values = [dict(zip(*curve, strict=True)) for curve in curves]
+        at = [[run[step] for run in values] for step in steps]
+        mean = [sum(row) / len(row) for row in at]
+        color = colors[method]
+        axes.plot(steps, mean, color=color, lw=1.3, marker=marker, label=method)
+        if len(curves) > 1:
+            low, high = [min(row) for row in at], [max(row) for row in at]
+            axes.fill_between(steps, low, high, color=color, alpha=0.12, lw=0)
     axes.set_xlabel("optimizer step")
     if len(colors) > 1:
-        axes.legend()
+        axes.legend(fontsize="x-small")
 
 
 def _lowest(methods, column: str, skip: float) -> float:

@@ -10,6 +10,22 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Dataset = Literal["digits", "fashion_mnist", "imagenet2012", "image_folder"]
+Recipe = Literal[
+    "dense",
+    "ste",
+    "sr_ste",
+    "transposable",
+    "bi_mask",
+    "fst",
+    "semi_sparse_weight",
+    "semi_sparse_activation",
+    "two_by_four",
+    "s_ste",
+    "step",
+    "learned",
+    "one_shot",
+    "frozen",
+]
 Model = Literal["resnet8", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
@@ -33,6 +49,21 @@ class DataOptions:
     # case of two; None = crop_flip where it applies, otherwise none.
     augment: Literal["none", "shift", "crop_flip"] | None = None
 
+    # Training images, a fixed part of them all; None = all. For digits and
+    # fashion_mnist, as the next three are.
+    train_size: int | None = None
+
+    # Test on the training images that --train-size leaves out, not on the test set: for
+    # the choice of hyperparameters.
+    validate: bool = False
+
+    # Parts of a cross-validation over training and test images together; None = the
+    # dataset's own split.
+    folds: int | None = None
+
+    # The part that is the test set, from 0.
+    fold: int = 0
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
@@ -54,17 +85,21 @@ class ModelOptions:
 class SparsityOptions:
     """What is N:M sparse, and how."""
 
-    # sr_ste: magnitude mask at every step and the decay below (arXiv:2102.04010); ste:
-    # without the decay; one_shot: the mask is chosen once and dropped weights get no
-    # gradient; frozen: the mask is chosen once and dropped weights get one.
-    recipe: Literal["dense", "ste", "sr_ste", "one_shot", "frozen"] = "sr_ste"
+    # Function of nmjax.recipes, where each is explained. sr_ste: magnitude mask at
+    # every step and the decay below (arXiv:2102.04010); ste: without the decay;
+    # transposable: one mask along both axes; one_shot: the mask is chosen once and
+    # dropped weights get no gradient; frozen: the same, and dropped weights get one.
+    recipe: Recipe = "sr_ste"
 
     # N:M: n weights kept of every m consecutive ones along the contracted axis.
     pattern: str = "2:4"
 
-    # λ of SR-STE, added to the gradient of each dropped weight as λ·weight; for sr_ste
-    # and frozen.
-    decay: float = 2e-4
+    # λ of SR-STE, added to the gradient of each dropped weight as λ·weight, for recipes
+    # that have one; None = the recipe's own.
+    decay: float | None = None
+
+    # Other arguments of the recipe, NAME=VALUE, such as refresh=40.
+    recipe_options: tuple[str, ...] = ()
 
     # Regular expressions of layer paths that stay dense; each must match a whole path.
     # `--dense` alone = none.
@@ -199,27 +234,6 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompareOptions:
-    """Options of the comparison, which is what runs without arguments."""
-
-    # Folder of the comparison: a run folder for each method and seed, the table and the
-    # plots. What it already holds is not trained again.
-    output_dir: str = "runs/digits"
-
-    # Pairs of networks, from 2 to 10.
-    seeds: int = 3
-
-    # Passes over the 1,437 training images.
-    epochs: int = 15
-
-    # N:M: n weights kept of every m consecutive ones along the contracted axis.
-    pattern: str = "2:4"
-
-    # λ of SR-STE.
-    decay: float = 2e-4
-
-
-@dataclasses.dataclass(frozen=True)
 class Preset:
     """Options under a name.
 
@@ -336,10 +350,12 @@ def _refuse_idle(options: Options, given: set[str]) -> None:
     if s.recipe == "dense":
         sparsity = {field.name for field in dataclasses.fields(s)} - {"recipe"}
         idle |= {name: "--recipe dense" for name in sparsity}
-    elif s.recipe not in ("sr_ste", "frozen"):
-        idle |= {"decay": f"--recipe {s.recipe}"}
     if s.recipe in ("one_shot", "frozen"):
         idle |= {"freeze_epochs": f"--recipe {s.recipe}: its mask never changes"}
+    if options.data.train_size is None:
+        idle |= {"validate": "all training images: give --train-size too"}
+    if options.data.folds is None:
+        idle |= {"fold": "the dataset's own split: give --folds too"}
     if o.opt != "sgd":
         idle |= {name: f"--opt {o.opt}" for name in ("momentum", "nesterov")}
     if o.lr_scheduler != "step":
@@ -382,3 +398,4 @@ def flag(name: str) -> str:
 
 DATASETS: tuple[str, ...] = get_args(Dataset)
 MODELS: tuple[str, ...] = get_args(Model)
+RECIPES: tuple[str, ...] = get_args(Recipe)

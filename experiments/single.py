@@ -1,6 +1,8 @@
 """One network from its options: plan it, train it, check it, plot it."""
 
+import ast
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -12,8 +14,15 @@ import jax.numpy as jnp
 
 import nmjax
 from experiments import data as datasets
+from experiments import resampling
 from experiments.plots import plot_run
-from experiments.presets import Options, flag, read_options, write_options
+from experiments.presets import (
+    Options,
+    SparsityOptions,
+    flag,
+    read_options,
+    write_options,
+)
 from nmjax import models, training
 
 # Fields of TrainConfig by the options that they come from.
@@ -73,26 +82,12 @@ def sparsity_rules(options: Options) -> list[nmjax.Rule]:
     """The rules that the options stand for; `[]` is dense.
 
     Raises:
-      ValueError: The pattern, the decay or an expression is malformed.
+      ValueError: The recipe's arguments or an expression is malformed.
     """
     given = options.sparsity
-    if given.recipe == "dense":
+    recipe = _recipe(given)
+    if not recipe.sparse:
         return []
-    try:
-        pattern = nmjax.NMPattern(given.pattern)
-    except ValueError as error:
-        raise ValueError(f"--pattern: {error}") from None
-    # The trainer adds the decay once per step, whatever the number of devices.
-    decay: dict[str, Any] = {"decay": given.decay, "decay_in": "optimizer"}
-    try:
-        recipe = {
-            "ste": lambda: nmjax.recipes.ste(pattern),
-            "sr_ste": lambda: nmjax.recipes.sr_ste(pattern, **decay),
-            "one_shot": lambda: nmjax.recipes.one_shot(pattern),
-            "frozen": lambda: nmjax.recipes.frozen(pattern, **decay),
-        }[given.recipe]()
-    except ValueError as error:
-        raise ValueError(f"--decay: {error}") from None
     try:
         dense = [nmjax.Rule(path, None) for path in given.dense]
     except ValueError as error:
@@ -100,19 +95,84 @@ def sparsity_rules(options: Options) -> list[nmjax.Rule]:
     return [*dense, nmjax.Rule(".*", recipe, ineligible=given.ineligible)]
 
 
+def _recipe(given: SparsityOptions) -> nmjax.Recipe:
+    """The recipe of a name of `nmjax.recipes` and its arguments."""
+    try:
+        pattern = nmjax.NMPattern(given.pattern)
+    except ValueError as error:
+        raise ValueError(f"--pattern: {error}") from None
+    function = getattr(nmjax.recipes, given.recipe)
+    # The phases are the command's own options; the trainer places the decay.
+    own = inspect.signature(function).parameters.keys() - {"schedule", "decay_in"}
+    arguments: dict[str, Any] = {}
+    for text in given.recipe_options:
+        name, equals, value = text.partition("=")
+        if not equals or name not in own - {"pattern", "decay"}:
+            known = ", ".join(sorted(own - {"pattern", "decay"})) or "none"
+            raise ValueError(
+                f"--recipe-options {text}: expected NAME=VALUE, and the names of "
+                f"--recipe {given.recipe} are: {known}"
+            )
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value  # a word
+    if "pattern" in own:
+        arguments["pattern"] = pattern
+    if given.decay is not None:
+        if "decay" not in own:
+            raise ValueError(
+                f"--decay has no effect with --recipe {given.recipe}: leave it out"
+            )
+        arguments["decay"] = given.decay
+    try:
+        recipe = function(**arguments)
+    except ValueError as error:
+        name = "--recipe-options" if given.recipe_options else "--decay"
+        raise ValueError(f"{name}: {error}") from None
+    if recipe.sparse and recipe.pattern != pattern:
+        raise ValueError(
+            f"--pattern {pattern}: --recipe {given.recipe} is for "
+            f"{recipe.pattern} alone"
+        )
+    return recipe
+
+
 def load_data(options: Options) -> datasets.Data:
-    """Opens the dataset.
+    """The images to train and to test on.
 
     Raises:
-      ValueError: It is missing or damaged, or smaller than one batch.
+      ValueError: The dataset is missing or damaged, or there are too few.
+    """
+    return select(options, open_data(options))
+
+
+def open_data(options: Options) -> datasets.Data:
+    """Opens the whole dataset.
+
+    Raises:
+      ValueError: It is missing or damaged.
     """
     given = options.data
-    data = datasets.load(
+    return datasets.load(
         given.dataset,
         given.data_path,
         image_size=given.image_size,
         augment=given.augment,
     )
+
+
+def select(options: Options, data: datasets.Data) -> datasets.Data:
+    """The images to train and to test on, of a whole dataset.
+
+    Raises:
+      ValueError: There are fewer than the options ask for.
+    """
+    given = options.data
+    if given.folds is not None:
+        data = resampling.fold(data, given.fold, given.folds)
+    if given.train_size is not None:
+        data = resampling.subset(data, given.train_size, validate=given.validate)
     if options.optim.batch_size > data.num_train:
         raise ValueError(
             f"--batch-size {options.optim.batch_size} is more than the "
@@ -195,7 +255,7 @@ class Outcome:
     Attributes:
       top1: Share of the test images whose class has the highest logit.
       top5: The same among the five highest; None with fewer than six classes.
-      sparse_layers: Parameters that were checked to be N:M.
+      sparse_layers: Masked parameters, which were checked to be N:M.
       step_seconds: Median seconds per optimizer step; None if no step was left.
     """
 
@@ -250,14 +310,14 @@ def check_run(folder: Path) -> int:
     """Checks the masks that the last checkpoint of a run used.
 
     Returns:
-      The number of sparse parameters, all of them N:M; 0 for a dense run.
+      The number of masked parameters, all of them N:M; 0 for a dense run.
 
     Raises:
       nmjax.CheckError: One is not.
     """
     saved = training.restore(folder)
     nmjax.check(saved["params"], saved["plan"], saved["masks"])
-    return len(saved["plan"].sparse)
+    return len(saved["plan"].masked)
 
 
 def evaluate_run(

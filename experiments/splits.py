@@ -8,6 +8,7 @@ cores. Both give the same batch for the same record numbers and draws.
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -72,6 +73,19 @@ class ArraySplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, records: np.ndarray) -> ArraySplit:
+        """The split of some records, (n,) numbers, in the order given."""
+        part = copy.copy(self)
+        part.images, part.labels = self.images[records], self.labels[records]
+        return part
+
+    def join(self, other: ArraySplit) -> ArraySplit:
+        """The split of these records and, after them, those of another."""
+        both = copy.copy(self)
+        both.images = np.concatenate([self.images, other.images])
+        both.labels = np.concatenate([self.labels, other.labels])
+        return both
 
     def gather(self, records: np.ndarray, draws: np.ndarray | None) -> dict:
         """Batch of the given records: "image" f32 (B, H, W, C), "label" i32 (B,).

@@ -1,4 +1,5 @@
-"""How masks move and how much they keep: density, flip rate, SAD, retained magnitude.
+"""How masks move and how much they keep: density, flip rate, SAD, retained magnitude,
+and how far transposable ones are from the best.
 
 The functions take states, `{…: {"kernel": {"mask": bool array}}}`, as `init_state` or
 `prepare` make them, and give float32 scalars by path plus one under "total". They are
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nmjax.masks import kept_and_best
 from nmjax.paths import named_leaves
 from nmjax.planning import Plan
 from nmjax.state import NMState, prepare, state_leaves
@@ -66,6 +68,65 @@ def retained_magnitude(
         w = jnp.abs(leaves[path]).astype(jnp.float32)
         sums[path] = (jnp.sum(jnp.where(mask, w, 0)), jnp.sum(w))
     return _shares(sums)
+
+
+def transposable_gap(
+    params: Any, plan: Plan, state: NMState | None = None
+) -> dict[str, jax.Array]:
+    """Share of magnitude that a mask loses to the best one N:M along both axes.
+
+    `1 - sum(|E ⊙ W|) / sum(|E* ⊙ W|)`, E* the exact optimum for the weights as they are
+    now: what a mask loses by its algorithm and by its age. The optimum keeps n of every
+    m along both axes; where the recipe's masks may keep fewer (by "tile"), at most n.
+
+    Args:
+      params: Parameter tree.
+      plan: The plan.
+      state: From `init_state` or `prepare`; may be omitted where it is empty.
+
+    Returns:
+      Shares from 0 to 1, float32, by path and under "total": of the parameters whose
+      recipe masks them "transposable" or by "tile", the others are left out.
+    """
+    masks = state_leaves(prepare(params, plan, state), "mask")
+    leaves = named_leaves(params)
+    lost = {}
+    for entry in plan.sparse:
+        recipe = entry.recipe
+        if recipe is None or recipe.mask not in ("transposable", "tile"):
+            continue
+        axes = (entry.axis, entry.out_axes[-1])
+        scores, mask = (
+            jnp.moveaxis(x, axes, (-2, -1))
+            for x in (jnp.abs(leaves[entry.path]), masks[entry.path])
+        )
+        kept, best = kept_and_best(
+            scores, mask, recipe.pattern, at_most=recipe.mask == "tile"
+        )
+        lost[entry.path] = (best - kept, best)
+    return _shares(lost)
+
+
+def of_masks(
+    params: Any, plan: Plan, state: NMState
+) -> dict[str, dict[str, jax.Array]]:
+    """All that can be said of the masks of one moment: what a training loop logs.
+
+    Args:
+      params: Parameter tree.
+      plan: The plan.
+      state: From `prepare`: a mask for every masked parameter.
+
+    Returns:
+      `density`, `retained_magnitude` and, where any mask is N:M along both axes,
+      `transposable_gap`, by name.
+    """
+    found = {
+        "density": density(state),
+        "retained_magnitude": retained_magnitude(params, plan, state),
+    }
+    gap = transposable_gap(params, plan, state)
+    return {**found, "transposable_gap": gap} if len(gap) > 1 else found
 
 
 def _changes(old: NMState, new: NMState) -> dict[str, jax.Array]:

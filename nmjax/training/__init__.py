@@ -22,15 +22,20 @@ channels), `num_train`, `num_test` and
 
     config.json, versions.json, plan.json     what was asked, on what, sparse where
     metrics.csv, events.*                     one row for each interval and epoch
+    layers.csv                                the masks of each layer, once an epoch
     checkpoints/STEP, best/STEP               see nmjax.training.checkpoint
     set_aside/                                damaged or abandoned checkpoints, if any
 
 metrics.csv has the columns step, epoch, phase, lr, train_loss, train_top1, train_top5,
-flip_rate, sad, images_per_second, test_loss, test_top1, test_top5. The train columns,
-and `flip_rate` (share of mask bits that one step changes), are means over the steps
-since the last row, `sad` is the number of mask bits changed in them. Test columns are
-empty except at the end of an epoch. With fewer than six classes there are no top-5
-columns, in a dense run no mask columns. Accuracies are shares in [0, 1].
+flip_rate, sad, density, retained_magnitude, transposable_gap, images_per_second,
+test_loss, test_top1, test_top5. The train columns, and `flip_rate` (share of mask bits
+that one step changes), are means over the steps since the last row, `sad` is the number
+of mask bits changed in them; density, retained magnitude and the gap to the best
+transposable masks are those of `nmjax.metrics` after the row's step. layers.csv and
+TensorBoard have the same of every masked weight at the end of each epoch and phase.
+Test columns are empty except at the end of an epoch. With fewer than six classes there
+are no top-5 columns, in a run that masks no weight no mask columns and no layers.csv.
+Accuracies are shares in [0, 1].
 
 The same seed on the same devices gives the same run, and a resumed run equals an
 uninterrupted one bit for bit, rows of metrics.csv included. SIGTERM and SIGINT write a

@@ -143,7 +143,7 @@ def reestimate_batch_stats(
     return {**variables, "batch_stats": batch_stats}
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _jit_update_batch_stats(model: nn.Module) -> Callable[..., Any]:
     """`(params, batch_stats, masks, images, key) -> batch_stats`, compiled."""
 

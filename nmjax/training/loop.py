@@ -16,6 +16,7 @@ import numpy as np
 
 from nmjax.paths import named_leaves
 from nmjax.planning import Plan
+from nmjax.state import state_leaves
 from nmjax.training.checkpoint import CheckpointWriter, list_steps
 from nmjax.training.config import TrainConfig
 from nmjax.training.evaluation import run_evaluation
@@ -35,7 +36,13 @@ from nmjax.training.state import (
     make_schedule,
     phase_of_step,
 )
-from nmjax.training.steps import jit_eval_step, jit_train_step, put_batch, replicated
+from nmjax.training.steps import (
+    jit_eval_step,
+    jit_mask_metrics,
+    jit_train_step,
+    put_batch,
+    replicated,
+)
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 (the name says what happened)
@@ -118,16 +125,18 @@ class Loop:
         if position.data:
             self._batches.set_state(position.data[jax.process_index()])
 
-        sparse = any(phase.plan.sparse for phase in phases)
+        self._mask_sizes = _sizes(position.state.masks)
         self._interval = Interval(position.interval)
-        self._pending: Mapping[str, jax.Array] | None = None
+        self._pending: _Step | None = None
+        self._last: _Step | None = None
         self._test: dict[str, float] | None = None
         self._saved_step = self._step if position.data else None
         self._best = best_so_far(run_dir)
         self._clock = _Clock()
         self._signals = StopSignals(every=config.log_every)
         self._checkpoints = CheckpointWriter(run_dir, keep=config.keep)
-        names = columns(data.num_classes, sparse=sparse)
+        masked = any(phase.plan.masked for phase in phases)
+        names = columns(data.num_classes, sparse=masked)
         primary = jax.process_index() == 0
         self._metrics = MetricsWriter(run_dir, names, step=self._step, primary=primary)
         self._progress = Progress(
@@ -171,33 +180,52 @@ class Loop:
     def _at_epoch_end(self) -> bool:
         return self._step > 0 and self._step % self._steps_per_epoch == 0
 
+    def _at_phase_end(self) -> bool:
+        done, after = (
+            phase_of_step(self._phases, s) for s in (self._step - 1, self._step)
+        )
+        return done is not after
+
     def _do_step(self) -> None:
         phase = phase_of_step(self._phases, self._step)
         if phase is not self._phase:
             self._state = jit_enter_phase(self._phase, phase)(self._state)
             self._phase = phase
+            self._mask_sizes = _sizes(self._state.masks)
             self._clock.pause()
         batch = put_batch(next(self._batches), self._mesh)
         self._state, metrics = jit_train_step(phase)(self._state, batch, self._key)
         # The metrics of the step before are fetched while the device works on this
         # one: it never waits for the host.
         self._collect()
-        self._pending = metrics
         self._step += 1
+        self._pending = _Step(phase, self._mask_sizes, metrics, self._measure())
+
+    def _measure(self) -> Mapping[str, Mapping[str, jax.Array]]:
+        """Begins to measure the masks of this step, if a row is to follow."""
+        ended = self._at_epoch_end() or self._at_phase_end()
+        if self._mask_sizes and (ended or self._step % self._config.log_every == 0):
+            return jit_mask_metrics(self._phase)(self._state)
+        return {}
 
     def _collect(self) -> None:
         """Fetches the metrics of step `_step`, if that has not been done."""
         if self._pending is None:
             return
-        metrics = {name: float(x) for name, x in jax.device_get(self._pending).items()}
-        self._pending = None
+        done, self._pending = self._pending, None
+        self._last = done
+        metrics = jax.device_get(dict(done.metrics))
+        by_mask = metrics.pop("layer_sad").tolist()
+        metrics = {name: float(x) for name, x in metrics.items()}
         if not math.isfinite(metrics["loss"]):
             self._diverged(f"the loss is {metrics['loss']}")
         self._clock.tick()
-        self._interval.add(metrics)
+        sad = dict(zip(done.sizes, by_mask, strict=True))
+        self._interval.add(metrics, sad)
         self._progress.advance(loss=metrics["loss"], top1=metrics["top1"])
-        if self._step % self._config.log_every == 0 and not self._at_epoch_end():
-            self._write_row({})
+        due = self._step % self._config.log_every == 0 or self._at_phase_end()
+        if due and not self._at_epoch_end():
+            self._write_row(done, {})
 
     def _end_step(self) -> None:
         """Evaluates, saves and stops, where it is time to."""
@@ -210,7 +238,12 @@ class Loop:
             self._collect()
             self._test = self._evaluate()
         if self._test is not None:
-            self._write_row({f"test_{name}": x for name, x in self._test.items()})
+            test = {f"test_{name}": x for name, x in self._test.items()}
+            # After a signal, the last step of the epoch was another process's.
+            step = self._last or _Step(
+                self._phase, self._mask_sizes, {}, self._measure()
+            )
+            self._write_row(step, test)
             better = rank(self._phase.name, self._test["top1"]) > self._best
         stop = self._signals.stop(self._step)
         if due or better or stop:
@@ -241,17 +274,24 @@ class Loop:
         self._progress.note(test_top1=test["top1"])
         return test
 
-    def _write_row(self, test: Mapping[str, float]) -> None:
-        masked = sum(entry.size for entry in self._phase.plan.masked)
+    def _write_row(self, step: "_Step", test: Mapping[str, float]) -> None:
+        masks = jax.device_get(dict(step.masks))
+        masks = {n: {p: float(x) for p, x in v.items()} for n, v in masks.items()}
         row = {
             "step": self._step,
             "epoch": round(self._step / self._steps_per_epoch, 4),
-            "phase": self._phase.name,
+            "phase": step.phase.name,
             "lr": self._lr(),
-            **self._interval.row(masked),
+            **self._interval.row(sum(step.sizes.values())),
+            **{name: by_path["total"] for name, by_path in masks.items()},
             "images_per_second": self._clock.rate(self._config.batch_size),
         }
-        self._metrics.write({**row, **test})
+        layers = {}
+        if self._at_epoch_end() or self._at_phase_end():
+            layers = self._interval.layers(step.sizes)
+            for path, values in layers.items():
+                values |= {n: v[path] for n, v in masks.items() if path in v}
+        self._metrics.write({**row, **test}, layers)
 
     def _lr(self) -> float:
         """The learning rate of the last step done."""
@@ -293,6 +333,28 @@ class Loop:
     def _stop(self) -> NoReturn:
         self._progress.close()
         raise self._signals.interrupted(self._step, self._last_checkpoint())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A step that was made.
+
+    Attributes:
+      phase: Its phase.
+      sizes: Weights under each mask by path, in the order of the state.
+      metrics: Of `train_step`, on the devices.
+      masks: Of `nmjax.metrics.of_masks`, on the devices; `{}` where no row follows.
+    """
+
+    phase: Phase
+    sizes: Mapping[str, int]
+    metrics: Mapping[str, jax.Array]
+    masks: Mapping[str, Mapping[str, jax.Array]]
+
+
+def _sizes(masks: Any) -> dict[str, int]:
+    """Weights under each mask by path."""
+    return {path: mask.size for path, mask in state_leaves(masks, "mask").items()}
 
 
 class _Clock:

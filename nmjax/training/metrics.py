@@ -1,8 +1,10 @@
-"""What a run reports: metrics.csv, TensorBoard event files, a progress bar.
+"""What a run reports: metrics.csv, layers.csv, TensorBoard files, a progress bar.
 
 `metrics.csv` has one row for each logging interval. Train columns are means over the
-steps of the interval, `sad` is a sum. The sums of an unfinished interval travel with
-the checkpoint, so that a resumed run writes the rows of an uninterrupted one;
+steps of the interval, `sad` is a sum, density, retained magnitude and the gap to the
+transposable optimum are those of the masks after its last step. `layers.csv` has the
+same of every masked weight, once an epoch. The sums of an unfinished interval travel
+with the checkpoint, so that a resumed run writes the rows of an uninterrupted one;
 `images_per_second` alone depends on the machine.
 """
 
@@ -17,19 +19,22 @@ from typing import Any
 
 TOP5_FROM_CLASSES = 6  # below that, top-5 is always 1 and says nothing
 
+MASK_COLUMNS = ("flip_rate", "sad", "density", "retained_magnitude", "transposable_gap")
+LAYER_COLUMNS = ("step", "epoch", "phase", "path", *MASK_COLUMNS)
+
 
 def columns(num_classes: int, *, sparse: bool) -> tuple[str, ...]:
     """The columns of metrics.csv for a run.
 
     Args:
       num_classes: With fewer than six, the top-5 columns are absent.
-      sparse: Whether any weight is ever sparse; if not, the mask columns are absent.
+      sparse: Whether any weight is ever masked; if not, the mask columns are absent.
     """
     top5 = num_classes >= TOP5_FROM_CLASSES
     return (
         *("step", "epoch", "phase", "lr", "train_loss", "train_top1"),
         *(("train_top5",) if top5 else ()),
-        *(("flip_rate", "sad") if sparse else ()),
+        *(MASK_COLUMNS if sparse else ()),
         *("images_per_second", "test_loss", "test_top1"),
         *(("test_top5",) if top5 else ()),
     )
@@ -39,40 +44,63 @@ class Interval:
     """Sums over the steps since the last row, in float64.
 
     Attributes:
-      sums: Name to sum; "steps" counts the steps. JSON-able: saved and restored with
-        a checkpoint.
+      sums: Name to sum; "steps" counts the steps. Sums for the rows of layers.csv,
+        which come more rarely, have names that begin with "layers/". JSON-able: saved
+        and restored with a checkpoint.
     """
 
     def __init__(self, sums: Mapping[str, float] | None = None):
         """Starts empty, or with the sums of a checkpoint."""
         self.sums = dict(sums or {})
 
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Adds the metrics of one step."""
-        for name, value in {"steps": 1, **metrics}.items():
+    def add(self, metrics: Mapping[str, float], sad: Mapping[str, float]) -> None:
+        """Adds one step.
+
+        Args:
+          metrics: Its metrics; "sad" is the number of mask bits that it changed.
+          sad: The same by path.
+        """
+        added = {"steps": 1, **metrics, "layers/steps": 1}
+        added |= {f"layers/{path}": count for path, count in sad.items()}
+        for name, value in added.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
     def row(self, num_weights: int) -> dict[str, float]:
-        """The train columns, and empties the interval.
+        """The train columns since the last row; their sums begin anew.
 
         Args:
           num_weights: Number of weights under a mask; the flip rate is SAD per step
             and weight (arXiv:2404.01847, eq. 5). With none, both are left out.
         """
-        sums, self.sums = self.sums, {}
-        steps = sums.pop("steps")
-        sad = sums.pop("sad")
+        sums = {n: x for n, x in self.sums.items() if not n.startswith("layers/")}
+        self.sums = {n: x for n, x in self.sums.items() if n not in sums}
+        steps, sad = sums.pop("steps"), sums.pop("sad")
         means = {f"train_{name}": total / steps for name, total in sums.items()}
         if not num_weights:
             return means
         return {**means, "sad": sad, "flip_rate": sad / (steps * num_weights)}
 
+    def layers(self, sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
+        """SAD and flip rate by path since the last call; their sums begin anew.
+
+        Args:
+          sizes: Number of weights under each mask, by path.
+        """
+        sums = {n: x for n, x in self.sums.items() if n.startswith("layers/")}
+        self.sums = {n: x for n, x in self.sums.items() if n not in sums}
+        steps = sums.get("layers/steps", 0)
+        found = {}
+        for path, size in sizes.items():
+            sad = sums.get(f"layers/{path}", 0.0)
+            found[path] = {"sad": sad, "flip_rate": sad / max(1, steps * size)}
+        return found
+
 
 class MetricsWriter:
-    """Writes rows to metrics.csv and to TensorBoard's event file.
+    """Writes rows to metrics.csv, layers.csv and TensorBoard's event file.
 
-    A row of metrics.csv is with the operating system when `write` returns, its events
-    ten seconds later at most.
+    A row of a table is with the operating system when `write` returns, its events ten
+    seconds later at most.
 
     Attributes:
       file: Path of metrics.csv.
@@ -86,47 +114,55 @@ class MetricsWriter:
 
         Args:
           run_dir: The run folder.
-          names: The columns.
+          names: The columns of metrics.csv; with mask columns there is a layers.csv.
           step: The step from which the run continues; 0 starts anew.
           primary: Whether this is the host that writes; others only read.
 
         Raises:
-          ValueError: metrics.csv has other columns.
+          ValueError: A file has other columns.
         """
         self.file = run_dir / "metrics.csv"
-        rows = _read_rows(self.file, names) if step else []
-        # A process that was killed may have left half a line, or rows of steps that
-        # are about to run again.
-        rows = [row for row in rows if int(row["step"]) <= step]
-        self.last_step = int(rows[-1]["step"]) if rows else 0
-        self._names, self._primary = tuple(names), primary
-        if not primary:
-            return
-        new = self.file.with_suffix(".csv.new")
-        with new.open("w", newline="") as file:
-            csv_writer = csv.DictWriter(file, names, lineterminator="\n")
-            csv_writer.writeheader()
-            csv_writer.writerows(rows)
-        os.replace(new, self.file)
-        self._file = self.file.open("a", newline="")
-        self._csv = csv.DictWriter(self._file, names, lineterminator="\n")
-        self._events = _EventFile(run_dir, step=step)
+        masked = set(MASK_COLUMNS) <= set(names)
+        self._rows = _Table(self.file, names, step, primary)
+        self._layers = (
+            _Table(run_dir / "layers.csv", LAYER_COLUMNS, step, primary)
+            if masked
+            else None
+        )
+        self.last_step = self._rows.last_step
+        self._events = _EventFile(run_dir, step=step) if primary else None
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(
+        self,
+        row: Mapping[str, Any],
+        layers: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
         """Writes one row; what is None, or names no column, is left out.
 
+        Args:
+          row: Values by column.
+          layers: Values of mask columns by path, for layers.csv and TensorBoard, where
+            their tag is COLUMN/PATH.
+
         Raises:
-          OSError: The row cannot be written, for example on a full disk.
+          OSError: It cannot be written, for example on a full disk.
         """
-        row = {n: row[n] for n in self._names if row.get(n) is not None}
         self.last_step = row["step"]
-        if not self._primary:
+        if self._events is None:
             return
-        values = {n: x for n, x in row.items() if n not in ("step", "epoch", "phase")}
+        values = self._rows.kept(row)
+        events = {
+            n: x for n, x in values.items() if n not in ("step", "epoch", "phase")
+        }
         try:
-            self._csv.writerow(row)
-            self._file.flush()
-            self._events.write(row["step"], values)
+            self._rows.write([values])
+            if self._layers is not None and layers:
+                where = {name: row.get(name) for name in ("step", "epoch", "phase")}
+                rows = [{**where, "path": path, **own} for path, own in layers.items()]
+                self._layers.write([self._layers.kept(row) for row in rows])
+                for path, own in layers.items():
+                    events |= {f"{name}/{path}": x for name, x in own.items()}
+            self._events.write(row["step"], events)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -137,13 +173,51 @@ class MetricsWriter:
             ) from error
 
     def close(self) -> None:
-        """Closes both files."""
-        if self._primary:
-            # What a full disk did not take was reported by `write`.
-            with contextlib.suppress(OSError):
-                self._file.close()
-            with contextlib.suppress(OSError):
-                self._events.close()
+        """Closes the files."""
+        for part in (self._rows, self._layers, self._events):
+            if part is not None:
+                # What a full disk did not take was reported by `write`.
+                with contextlib.suppress(OSError):
+                    part.close()
+
+
+class _Table:
+    """A CSV file of rows by step, which a resumed run continues."""
+
+    def __init__(self, file: Path, names: Sequence[str], step: int, primary: bool):
+        """Opens the file without the rows later than `step`."""
+        rows = _read_rows(file, names) if step else []
+        # A process that was killed may have left half a line, or rows of steps that
+        # are about to run again.
+        rows = [row for row in rows if int(row["step"]) <= step]
+        self.last_step = int(rows[-1]["step"]) if rows else 0
+        self._names = tuple(names)
+        self._file = None
+        if not primary:
+            return
+        new = file.with_suffix(".csv.new")
+        with new.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(new, file)
+        self._file = file.open("a", newline="")
+        self._csv = csv.DictWriter(self._file, names, lineterminator="\n")
+
+    def kept(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a row has a column, in their order."""
+        return {name: row[name] for name in self._names if row.get(name) is not None}
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows and hands them to the operating system."""
+        if self._file is not None:
+            self._csv.writerows(rows)
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 class _EventFile:

@@ -248,7 +248,7 @@ def frozen_weights(plan: Plan) -> frozenset[str]:
     )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _jitted_init(model: nn.Module, image_shape: tuple[int, ...], mesh: Mesh):
     """Compiled once for runs that differ in the seed alone."""
 
@@ -316,7 +316,7 @@ def enter_phase(before: Phase, phase: Phase, state: TrainState) -> TrainState:
     return dataclasses.replace(state, nm=nm, masks=masks)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def jit_new_train_state(phase: Phase) -> Callable[..., TrainState]:
     """`variables -> state`, replicated over the devices."""
     return jax.jit(
@@ -325,7 +325,7 @@ def jit_new_train_state(phase: Phase) -> Callable[..., TrainState]:
     )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def jit_enter_phase(before: Phase, phase: Phase) -> Callable[..., TrainState]:
     """`state -> state`; the old one is donated."""
     return jax.jit(

@@ -62,7 +62,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)  # a comparison goes round its methods
 def jit_train_step(phase: Phase) -> Callable[..., tuple[TrainState, dict]]:
     """`(state, batch, key) -> (state, metrics)`, compiled; the state is donated."""
     return jax.jit(
@@ -72,10 +72,20 @@ def jit_train_step(phase: Phase) -> Callable[..., tuple[TrainState, dict]]:
     )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def jit_eval_step(model: nn.Module, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
     """`(params, batch_stats, masks, batch) -> sums`, compiled."""
     return jax.jit(functools.partial(eval_step, model), out_shardings=replicated(mesh))
+
+
+@functools.lru_cache(maxsize=64)
+def jit_mask_metrics(phase: Phase) -> Callable[[TrainState], dict[str, dict]]:
+    """`state -> {metric: {path: scalar}}`, compiled; see `nmjax.metrics.of_masks`."""
+
+    def measure(state):
+        return nm_metrics.of_masks(state.params, phase.plan, state.masks)
+
+    return jax.jit(measure, out_shardings=replicated(phase.mesh))
 
 
 def train_step(
@@ -95,7 +105,8 @@ def train_step(
 
     Returns:
       The state after the step, and float32 scalars: "loss", "top1" and "top5" (shares
-      of the batch, before the update), "sad" (mask bits that the step changed).
+      of the batch, before the update), "sad" (mask bits that the step changed); and
+      "layer_sad" `(masks,)`, the same by mask in the order of the state.
     """
     count = phase.config.micro_batches
     key = jax.random.fold_in(key, state.step)
@@ -148,9 +159,11 @@ def train_step(
         logits_opt_state=logits_opt_state,
     )
     size = batch["label"].shape[0]
+    *by_mask, sad = nm_metrics.sad(state.masks, masks).values()
     return new, {
         **{name: total / size for name, total in sums.items()},
-        "sad": nm_metrics.sad(state.masks, masks)["total"],
+        "sad": sad,
+        "layer_sad": jnp.asarray(by_mask, jnp.float32),
     }
 
 

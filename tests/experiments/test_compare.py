@@ -1,129 +1,225 @@
-"""The comparison: its statistics, its table, and the whole of it on the digits."""
+"""The comparison: its methods, its resumption, and the whole of it on the digits."""
 
+import dataclasses
 import json
 
 import pytest
 
-from experiments import compare, imagenet
-from experiments.compare import DENSE, METHODS, PRUNED, PRUNED_AS_IS, SPARSE, Record
+from experiments import compare, imagenet, single
+from experiments.methods import (
+    METHODS,
+    PAIRS,
+    Arm,
+    CompareOptions,
+    arms,
+    options_of,
+)
 from experiments.plots import plot_run, read_metrics
-from experiments.presets import CompareOptions
+from experiments.presets import RECIPES
+from experiments.records import Record, Records
+from nmjax import recipes
+from nmjax.training.steps import jit_train_step
 
 
-def records(accuracies: dict[str, list[float]], seconds=None) -> list[Record]:
-    return [
-        Record(
-            method,
-            seed,
-            top1,
-            0 if method == DENSE else 8,
-            (seconds or {}).get((method, seed)),
-        )
-        for method, values in accuracies.items()
-        for seed, top1 in enumerate(values)
-    ]
+class TestMethods:
+    @pytest.mark.parametrize("name", METHODS)
+    def test_every_entry_makes_its_recipe(self, name):
+        method = METHODS[name]
+        pattern = "" if method.patterns == () else (method.patterns or ("2:4",))[0]
+        run = options_of(Arm(name, pattern), CompareOptions(), 0, 0)
+        single.train_config(run)
+        rules = single.sparsity_rules(run)
+        if not pattern:
+            assert rules == []
+            return
+        assert rules[-1].recipe.name == method.recipe
+        assert str(rules[-1].recipe.pattern) == pattern
+        for argument, value in method.arguments.items():
+            assert getattr(rules[-1].recipe, argument) == value
 
-
-ACCURACIES = {
-    DENSE: [99.0, 98.0, 100.0],
-    SPARSE: [98.0, 98.5, 99.5],
-    PRUNED: [97.0, 96.0, 98.0],
-    PRUNED_AS_IS: [90.0, 80.0, 94.0],
-}
-
-
-class TestStatistics:
-    def test_mean_deviation(self):
-        # Deviations from 4 are -2, 0, 2: variance 8 / 2.
-        assert compare.mean_deviation([2.0, 4.0, 6.0]) == (4.0, 2.0)
-
-    def test_paired_gap(self):
-        # Differences -1, 0.5, -0.5: mean -1/3; deviations -2/3, 5/6, -1/6 with squares
-        # 16/36, 25/36, 1/36, so variance (42/36) / 2 = 7/12. t(2, 0.975) = 4.30.
-        gap, deviation, half = compare.paired_gap(ACCURACIES[SPARSE], ACCURACIES[DENSE])
-        assert gap == pytest.approx(-1 / 3)
-        assert deviation == pytest.approx((7 / 12) ** 0.5)
-        assert half == pytest.approx(4.30 * (7 / 36) ** 0.5)
-
-    def test_a_common_shift_has_no_deviation(self):
-        assert compare.paired_gap([1.0, 5.0, 9.0], [0.0, 4.0, 8.0]) == (1.0, 0.0, 0.0)
-
-    def test_pairs_must_match(self):
-        with pytest.raises(ValueError):
-            compare.paired_gap([1.0, 2.0], [1.0, 2.0, 3.0])
-
-    def test_step_ratio_is_the_median_over_pairs(self):
-        seconds = {
-            (DENSE, 0): 1.0,
-            (DENSE, 1): 2.0,
-            (DENSE, 2): 4.0,
-            (SPARSE, 0): 1.5,
-            (SPARSE, 1): 2.0,
-            (SPARSE, 2): 8.0,
+    def test_recipes_are_those_of_the_library(self):
+        made = {
+            name
+            for name, function in vars(recipes).items()
+            if callable(function) and function.__module__ == recipes.__name__
         }
-        made = records(ACCURACIES, seconds)
-        assert compare.step_ratio(made, SPARSE) == 1.5
-        assert compare.step_ratio(made, DENSE) == 1.0
-        assert compare.step_ratio(made, PRUNED) is None
-        del seconds[DENSE, 0]
-        assert compare.step_ratio(records(ACCURACIES, seconds), SPARSE) == 1.5
+        assert set(RECIPES) == {n for n in made if n[0].islower()} - {"as_recipe"}
+
+    def test_starts_and_pairs_are_methods(self):
+        named = {m.start for m in METHODS.values() if m.start}
+        assert named | {name for pair in PAIRS for name in pair} <= set(METHODS)
+
+    def test_what_others_need_comes_first_and_once(self):
+        chosen = arms(CompareOptions(recipes="asp,ste", patterns="2:4,1:8"))
+        assert chosen == [
+            Arm("dense", ""),
+            Arm("asp", "2:4"),
+            Arm("asp", "1:8"),
+            Arm("ste", "2:4"),
+            Arm("ste", "1:8"),
+        ]
+        everything = arms(CompareOptions(recipes="all"))
+        assert [arm.name for arm in everything] == list(METHODS)
+
+    def test_a_method_of_one_pattern(self, monkeypatch):
+        only = dataclasses.replace(METHODS["ste"], patterns=("2:4",))
+        monkeypatch.setitem(METHODS, "ste", only)
+        chosen = arms(CompareOptions(recipes="all", patterns="2:4,1:8"))
+        assert Arm("ste", "2:4") in chosen
+        assert Arm("ste", "1:8") not in chosen
+        with pytest.raises(ValueError, match="--recipes ste is for 2:4 alone"):
+            arms(CompareOptions(recipes="ste", patterns="1:8"))
+
+    def test_unknown_method(self):
+        with pytest.raises(ValueError, match="no method 'srste'; there are dense, "):
+            arms(CompareOptions(recipes="dense,srste"))
+
+    def test_options_of_a_network(self):
+        options = CompareOptions(
+            folds=5, epochs=2, decay=0.1, train_size=100, output_dir="x"
+        )
+        run = options_of(Arm("sr_ste", "1:8"), options, fold=3, seed=2).flat()
+        assert (run["folds"], run["fold"], run["seed"]) == (5, 3, 2)
+        assert (run["epochs"], run["decay"], run["train_size"]) == (2, 0.1, 100)
+        assert run["output_dir"] == "x/sr_ste-1to8-fold3-seed2"
+        assert run["pretrained"] is None
+        asp = options_of(Arm("asp", "1:8"), options, fold=3, seed=2).flat()
+        assert asp["pretrained"] == "x/dense-fold3-seed2"
+        assert asp["decay"] is None
+
+    def test_labels(self):
+        assert Arm("one_shot_as_is", "2:4").label == "one-shot 2:4, as it is"
+        assert Arm("dense", "").label == "dense"
+        assert Arm("sr_ste", "1:16").folder == "sr_ste-1to16"
 
 
-def test_table():
-    head, rule, *rows = compare.table(records(ACCURACIES), "2:4").splitlines()
-    assert len({len(line) for line in (head, rule, *rows)}) == 1
-    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-    assert cells[0] == ["dense", "99.00 ± 1.00", "", "dense", "no training"]
-    assert cells[1][:4] == [
-        "SR-STE 2:4",
-        "98.67 ± 0.76",
-        "-0.33 ± 0.76",
-        "yes, 8 layers",
-    ]
-    assert [row[0] for row in cells[2:]] == [
-        "one-shot 2:4, batch norm re-estimated",
-        "one-shot 2:4, as it is",
-    ]
+class Killed(Exception):
+    pass
+
+
+class TestResumption:
+    """With networks that are not trained."""
+
+    OPTIONS = CompareOptions(recipes="sr_ste", folds=2, seeds=2)
+
+    @pytest.fixture
+    def trained(self, monkeypatch):
+        """The runs that were asked for; "kill" as the next stops there."""
+        asked = []
+
+        def train(run, data, folder, *, progress):
+            if asked and asked[-1] == "kill":
+                asked.pop()
+                raise Killed
+            asked.append(folder.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            rates = "" if run.sparsity.recipe == "dense" else "0.5,0.75"
+            (folder / "metrics.csv").write_text(
+                "step,train_loss,flip_rate,retained_magnitude,test_top1\n"
+                f"10,1.0,{rates or ','},\n40,0.5,{rates and '0.1,0.7' or ','},0.9\n"
+            )
+            layers = 0 if run.sparsity.recipe == "dense" else 8
+            return single.Outcome(0.9 - layers / 100 + run.run.seed / 50, 1, layers, 1)
+
+        monkeypatch.setattr(single, "train_network", train)
+        return asked
+
+    def test_a_killed_comparison_loses_nothing(self, trained, tmp_path, monkeypatch):
+        options = dataclasses.replace(self.OPTIONS, output_dir=str(tmp_path))
+        said = []
+        compare.compare(options, lambda text: (said.append(text), None)[1])
+        whole = (tmp_path / "table.json").read_text()
+        names = list(trained)
+        assert names == [
+            f"{name}-fold{fold}-seed{seed}"
+            for seed in range(2)
+            for fold in range(2)
+            for name in ("dense", "sr_ste-2to4")
+        ]
+        table = (tmp_path / "table.md").read_text()
+        assert said[-3].strip() in table
+        assert "compare --recipes sr_ste --folds 2 --seeds 2" in " ".join(table.split())
+        for figure in ("accuracy", "gaps", "step_time", "learning_curves", "flip_rate"):
+            assert (tmp_path / "plots" / f"{figure}.png").stat().st_size > 0
+        record = Record(**json.loads(whole)["runs"][1])
+        # Ten steps at 0.5 and thirty at 0.1.
+        assert record.flip_rate == pytest.approx(0.2)
+        assert (record.retained_magnitude, record.top1) == (0.7, pytest.approx(82))
+
+        monkeypatch.setattr(compare, "plot_runs", lambda *_: None)
+        monkeypatch.setattr(compare, "plot_comparison", lambda *_: None)
+        for cut in (1, 4, 7):
+            again = dataclasses.replace(options, output_dir=str(tmp_path / str(cut)))
+            del trained[:]
+            original = Records.add
+
+            def add(records, record, original=original, cut=cut):
+                original(records, record)
+                if len(trained) == cut:
+                    trained.append("kill")
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Records, "add", add)
+                with pytest.raises(Killed):
+                    compare.compare(again, lambda _: None)
+            compare.compare(again, lambda _: None)
+            assert trained == names
+            assert (tmp_path / str(cut) / "table.json").read_text() == whole
+
+    def test_it_can_be_extended(self, trained, tmp_path, monkeypatch):
+        monkeypatch.setattr(compare, "plot_runs", lambda *_: None)
+        monkeypatch.setattr(compare, "plot_comparison", lambda *_: None)
+        options = dataclasses.replace(self.OPTIONS, output_dir=str(tmp_path), seeds=1)
+        compare.compare(options, lambda _: None)
+        del trained[:]
+        more = dataclasses.replace(options, recipes="sr_ste,ste", patterns="2:4,1:8")
+        compare.compare(more, lambda _: None)
+        assert trained == [
+            f"{arm}-fold{fold}-seed0"
+            for fold in range(2)
+            for arm in ("sr_ste-1to8", "ste-2to4", "ste-1to8")
+        ]
+
+    def test_other_options(self, tmp_path):
+        other = CompareOptions(epochs=3)
+        Records(tmp_path, other).add(Record("dense", "", 0, 0, 9, 0, 1, None, None))
+        with pytest.raises(ValueError, match="other options"):
+            compare.compare(CompareOptions(output_dir=str(tmp_path)))
+
+    def test_a_method_that_has_changed(self, tmp_path, monkeypatch):
+        record = Record("sr_ste", "2:4", 0, 0, 9, 8, 1, 0.1, 0.7)
+        Records(tmp_path, CompareOptions()).add(record)
+        named = dataclasses.replace(METHODS["sr_ste"], label="SR")
+        monkeypatch.setitem(METHODS, "sr_ste", named)
+        assert Records(tmp_path, CompareOptions()).all() == [record]
+        changed = dataclasses.replace(METHODS["sr_ste"], arguments={"decay": 0.5})
+        monkeypatch.setitem(METHODS, "sr_ste", changed)
+        with pytest.raises(ValueError, match="holds runs of sr_ste as it was before"):
+            Records(tmp_path, CompareOptions())
+
+    def test_damaged_table(self, tmp_path):
+        (tmp_path / "table.json").write_text("{")
+        with pytest.raises(ValueError, match="table.json is damaged"):
+            compare.compare(CompareOptions(output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
-    ("gaps", "words"),
+    ("changes", "words"),
     [
-        ([-1.0, -1.0, -1.1], "3 seeds are too few to rank"),
-        ([-1.0, -1.0, -1.1, -1.0, -1.0], "5 seeds tell apart"),
-        ([-1.0, 1.0, -1.1, 1.0, -1.0], "5 seeds are too few to rank"),
+        ({"seeds": 1}, "--seeds must be at least 2"),
+        ({"folds": 1}, "--folds must be at least 2"),
+        ({"folds": 2, "seeds": 0}, "--seeds must be at least 2"),
+        ({"validate": True}, "--validate tests on what --train-size leaves out"),
+        ({"patterns": "4:2"}, "--pattern: not an N:M pattern"),
+        ({"patterns": "1:5"}, "SR-STE 1:5 fits no layer of resnet8"),
+        ({"train_size": 10}, "--batch-size 64 is more than the 10 training images"),
     ],
 )
-def test_verdict_ranks_only_what_it_can(gaps, words):
-    dense = [99.0] * len(gaps)
-    made = records({DENSE: dense, SPARSE: [99.0 + gap for gap in gaps]})
-    assert words in " ".join(compare.verdict(made, 360).split())
-
-
-def test_verdict_gives_the_interval():
-    text = " ".join(compare.verdict(records(ACCURACIES), 360).split())
-    assert "3 seeds are too few to rank dense and SR-STE" in text
-    assert "-2.23 to +1.56" in text  # -1/3 ± 4.30 * sqrt(7/36)
-    assert "0.28 points" in text
-
-
-@pytest.mark.parametrize("seeds", [1, 11])
-def test_number_of_seeds(seeds, tmp_path):
-    options = CompareOptions(seeds=seeds, output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="--seeds must be from 2 to 10"):
-        compare.compare(options)
-
-
-def test_folder_of_another_comparison(tmp_path):
-    compare._write(tmp_path, CompareOptions(epochs=3), {})
-    with pytest.raises(ValueError, match="other options"):
-        compare.compare(CompareOptions(output_dir=str(tmp_path)))
-
-
-def test_damaged_table(tmp_path):
-    (tmp_path / "table.json").write_text("{")
-    with pytest.raises(ValueError, match="table.json is damaged"):
-        compare.compare(CompareOptions(output_dir=str(tmp_path)))
+def test_refused_before_training(changes, words, tmp_path):
+    options = CompareOptions(output_dir=str(tmp_path / "runs"), **changes)
+    with pytest.raises(ValueError, match=words):
+        compare.compare(options, lambda _: None)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_figures_from_metrics_with_empty_cells(tmp_path):
@@ -149,30 +245,33 @@ def test_the_whole_comparison(tmp_path, capsys):
     printed = capsys.readouterr().out
 
     saved = json.loads((folder / "table.json").read_text())["runs"]
-    assert len(saved) == 3 * len(METHODS)
-    top1 = {
-        method: [run["top1"] for run in saved if run["method"] == method]
-        for method in METHODS
-    }
+    methods = ("dense", "sr_ste", "one_shot", "one_shot_as_is")
+    assert len(saved) == 3 * len(methods)
+    top1 = {m: [run["top1"] for run in saved if run["method"] == m] for m in methods}
     mean = {method: sum(values) / 3 for method, values in top1.items()}
-    assert mean[DENSE] >= 98
-    assert abs(mean[SPARSE] - mean[DENSE]) <= 1.5
-    assert mean[PRUNED_AS_IS] < mean[DENSE] - 1
-    assert all((run["sparse_layers"] > 0) == (run["method"] != DENSE) for run in saved)
+    assert mean["dense"] >= 98
+    assert abs(mean["sr_ste"] - mean["dense"]) <= 1.5
+    assert mean["one_shot_as_is"] < mean["dense"] - 1
+    assert all(
+        (run["sparse_layers"] > 0) == (run["method"] != "dense") for run in saved
+    )
+    # One compilation for each method, not for each seed.
+    assert jit_train_step.cache_info().currsize <= 2
 
-    assert (folder / "table.md").read_text().strip() in printed
-    for figure in ("learning_curves", "flip_rate", "accuracy"):
+    table = (folder / "table.md").read_text()
+    assert table.rpartition("`python")[0].strip() in printed
+    for figure in ("learning_curves", "flip_rate", "accuracy", "gaps"):
         assert (folder / "plots" / f"{figure}.png").stat().st_size > 0
-    for name in ("dense-seed0", "sr_ste-seed2"):
+    for name in ("dense-seed0", "sr_ste-2to4-seed2"):
         for file in ("config.json", "plan.json", "metrics.csv", "options.json"):
             assert (folder / name / file).exists(), file
 
     # The pairs differ by method alone: until masks matter, nothing else may differ.
     dense, sparse = (
         read_metrics(folder / f"{name}-seed1" / "metrics.csv")
-        for name in ("dense", "sr_ste")
+        for name in ("dense", "sr_ste-2to4")
     )
     assert dense["lr"] == sparse["lr"]
 
     assert imagenet.main(["--output-dir", str(folder)]) == 0
-    assert capsys.readouterr().out.count("(already there)") == 6
+    assert capsys.readouterr().out.count("(already there)") == 12

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import nmjax
 from experiments import imagenet, presets, single
-from experiments.presets import PRESETS, CompareOptions, Options
+from experiments.methods import CompareOptions
+from experiments.presets import PRESETS, Options
 from nmjax import models
 from nmjax.training import TrainConfig
 
@@ -32,6 +34,10 @@ class TestParse:
         options = imagenet.parse(["--seeds", "4", "--output-dir", "x"])
         assert options == CompareOptions(seeds=4, output_dir="x")
         assert imagenet.parse(["compare", "--epochs", "2"]) == CompareOptions(epochs=2)
+        words = "compare --dataset fashion_mnist --recipes all --patterns 2:4,1:8"
+        assert imagenet.parse(words.split()) == CompareOptions(
+            recipes="all", patterns="2:4,1:8", dataset="fashion_mnist"
+        )
 
     def test_preset_gives_the_defaults(self):
         options = imagenet.parse(["resnet50-1to4", "--data-path", "D", "--lr=0.2"])
@@ -113,6 +119,18 @@ class TestRefuse:
             ("resnet18-2to4 --opt adamw --nesterov", "--nesterov has no effect with"),
             ("resnet18-2to4 --lr-gamma 0.2", "--lr-gamma has no effect with"),
             ("resnet18-2to4 --recipe one_shot", "--pretrained"),
+            (
+                "resnet18-2to4 --recipe ste --recipe-options refresh=0",
+                "--recipe-options: refresh must be a number of steps",
+            ),
+            (
+                "resnet18-2to4 --recipe-options interval=40",
+                "--recipe-options interval=40: expected NAME=VALUE, and the names of "
+                "--recipe sr_ste are: ",
+            ),
+            ("resnet18-2to4 --recipe-options refresh", "expected NAME=VALUE"),
+            ("digits-resnet8-2to4 --validate", "give --train-size too"),
+            ("digits-resnet8-2to4 --fold 1", "give --folds too"),
             ("--test-only", "--test-only needs --resume RUN"),
             ("resnet18-2to4 --resume runs/x", "leave resnet18-2to4 out"),
             ("--resume /nonexistent/run", "no options.json"),
@@ -120,6 +138,11 @@ class TestRefuse:
     )
     def test_message(self, arguments, words):
         assert words in refusal(*arguments.split())
+
+    def test_arguments_of_the_recipe(self):
+        words = "resnet18-2to4 --recipe ste --recipe-options refresh=40"
+        *_, rule = single.sparsity_rules(imagenet.parse(words.split()))
+        assert rule.recipe == nmjax.recipes.ste("2:4", refresh=40)
 
     def test_a_presets_own_value_may_idle(self):
         arguments = ["resnet18-2to4", "--recipe", "dense"]

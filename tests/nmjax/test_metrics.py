@@ -1,5 +1,7 @@
 """Density, flip rate, SAD and retained magnitude, with values by hand."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,74 @@ def test_retained_magnitude_of_a_kept_mask():
     assert metrics.retained_magnitude(moved, plan, state)["a"] == pytest.approx(
         1.5 / 6.5
     )
+
+
+def best_sum(scores):
+    """The most that a 4×4 tile keeps with two in every row and every column."""
+    rows = [np.isin(range(4), pair) for pair in itertools.combinations(range(4), 2)]
+    masks = (np.array(mask) for mask in itertools.product(rows, repeat=4))
+    return max(scores[mask].sum() for mask in masks if (mask.sum(0) == 2).all())
+
+
+def test_transposable_gap_of_an_old_mask(rng):
+    """Chosen for other weights: a mask of eight weights, less than the best."""
+    params = {
+        "a": rng.normal(size=(4, 4)).astype(np.float32),
+        "b": rng.normal(size=(8, 4)).astype(np.float32),
+        "c": rng.normal(size=(4, 4)).astype(np.float32),
+    }
+    recipe = recipes.transposable("2:4")
+    rules = [Rule("c", "2:4"), Rule(".*", recipe)]
+    plan = plan_params(params, rules)
+    state = init_state(params, plan)
+    fresh = as_numbers(metrics.transposable_gap(params, plan, state))
+    assert fresh == pytest.approx({"a": 0, "b": 0, "total": 0}, abs=1e-6)
+
+    moved = {path: w[::-1] for path, w in params.items()}
+    found = as_numbers(metrics.transposable_gap(moved, plan, state))
+    assert set(found) == {"a", "b", "total"}  # c has a mask along one axis
+    kept, best = {}, {}
+    for path in ("a", "b"):
+        scores = np.abs(moved[path])
+        mask = np.asarray(state[path]["mask"])
+        kept[path] = scores[mask].sum()
+        best[path] = sum(best_sum(tile) for tile in scores.reshape(-1, 4, 4))
+        assert found[path] == pytest.approx(1 - kept[path] / best[path], rel=1e-5)
+        assert found[path] > 0
+    total = 1 - sum(kept.values()) / sum(best.values())
+    assert found["total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_transposable_gap_of_tiles_and_of_conv_kernels(rng):
+    """The axes are those of the layer, and greedy tiles are near the best."""
+    w = rng.normal(size=(4, 8, 3, 12)).astype(np.float32)  # contracts the first
+    plan = plan_params({"w": w}, [Rule("w", recipes.semi_sparse_weight(), axis=-4)])
+    gap = as_numbers(metrics.transposable_gap({"w": w}, plan))["w"]
+    turned = np.moveaxis(w, 0, -2)
+    plan = plan_params(
+        {"w": turned}, [Rule("w", recipes.semi_sparse_weight(), axis=-2)]
+    )
+    same = as_numbers(metrics.transposable_gap({"w": turned}, plan))["w"]
+    assert gap == pytest.approx(same, abs=1e-6)
+    assert 0 < gap < 0.1
+
+
+def test_of_masks_says_what_there_is(rng):
+    params = {"a": rng.normal(size=(8, 4)).astype(np.float32)}
+    for recipe, names in (
+        ("2:4", {"density", "retained_magnitude"}),
+        (
+            recipes.transposable("2:4"),
+            {"density", "retained_magnitude", "transposable_gap"},
+        ),
+    ):
+        plan = plan_params(params, [Rule("a", recipe)])
+        state = prepare(params, plan, init_state(params, plan))
+        found = jax.jit(lambda p, s, plan=plan: metrics.of_masks(p, plan, s))(
+            params, state
+        )
+        assert set(found) == names
+        assert all(set(values) == {"a", "total"} for values in found.values())
 
 
 def test_nothing_sparse_is_zero_not_a_division():

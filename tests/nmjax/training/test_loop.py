@@ -64,6 +64,11 @@ def rows_of(run_dir):
         ]
 
 
+def tables_of(run_dir):
+    """Both tables of a run that was sparse, as far as they do not tell the machine."""
+    return rows_of(run_dir), (run_dir / "layers.csv").read_text()
+
+
 def assert_same(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -111,6 +116,33 @@ def test_rows_come_at_the_interval_and_at_the_end_of_an_epoch(uninterrupted):
     assert float(rows[2]["flip_rate"]) > 0
     losses = [float(r["train_loss"]) for r in rows]
     assert losses[-1] < losses[0]
+
+
+def test_rows_tell_of_the_masks_in_total_and_by_layer(uninterrupted):
+    run_dir = uninterrupted[0]
+    rows = {int(r["step"]): r for r in rows_of(run_dir)}
+    with (run_dir / "layers.csv").open(newline="") as lines:
+        layers = list(csv.DictReader(lines))
+    where = [(int(r["step"]), r["phase"], r["path"]) for r in layers]
+    paths = ("conv/kernel", "fc/kernel")
+    ends = ((8, "sparse"), (12, "sparse"), (16, "frozen"))
+    assert where == [(*end, path) for end in ends for path in paths]
+
+    found = restore(run_dir, 12)
+    masks = nmjax.prepare(found["params"], found["plan"], found["nm"])
+    measured = nmjax.metrics.of_masks(found["params"], found["plan"], masks)
+    by_layer = {r["path"]: r for r in layers if r["step"] == "12"}
+    for name, values in measured.items():
+        for path in paths:
+            assert float(by_layer[path][name]) == pytest.approx(float(values[path]))
+        assert float(rows[12][name]) == pytest.approx(float(values["total"]))
+    assert all(float(r["density"]) == 0.5 for r in layers)
+    # An epoch of four steps has rows of three and of one, or of two and of two.
+    for end in (8, 12, 16):
+        total = sum(float(rows[s]["sad"]) for s in rows if end - 4 < s <= end)
+        assert total == sum(float(r["sad"]) for r in layers if int(r["step"]) == end)
+    assert any(float(r["flip_rate"]) > 0 for r in layers)
+    assert rows[4]["density"] == ""  # dense so far
 
 
 def test_each_phase_is_restored_with_its_masks(uninterrupted):
@@ -166,7 +198,7 @@ def test_evaluate_agrees_with_the_run(uninterrupted):
 def test_same_seed_same_run_and_another_seed_another(uninterrupted, tmp_path):
     again = run(tmp_path / "again", settings=config(**PHASES, keep=9))
     assert_same(again.state, uninterrupted[1].state)
-    assert rows_of(tmp_path / "again") == rows_of(uninterrupted[0])
+    assert tables_of(tmp_path / "again") == tables_of(uninterrupted[0])
     other = run(tmp_path / "other", settings=config(**PHASES, keep=9, seed=1))
     kernel = other.state.params["fc"]["kernel"]
     assert (kernel != again.state.params["fc"]["kernel"]).any()
@@ -186,7 +218,7 @@ def test_a_crash_and_a_resume_equal_the_uninterrupted_run(
     data = FakeData()
     result = run(tmp_path, settings=settings, data=data)
     assert_same(result.state, uninterrupted[1].state)
-    assert rows_of(tmp_path) == rows_of(uninterrupted[0])
+    assert tables_of(tmp_path) == tables_of(uninterrupted[0])
     restored_step = step // 2 * 2
     assert data.served == uninterrupted[2][restored_step:]
 
@@ -209,7 +241,7 @@ def test_a_signal_writes_a_checkpoint_and_ends(
 
     result = run(tmp_path, settings=settings)
     assert_same(result.state, uninterrupted[1].state)
-    assert rows_of(tmp_path) == rows_of(uninterrupted[0])
+    assert tables_of(tmp_path) == tables_of(uninterrupted[0])
 
 
 def test_a_signal_during_the_evaluation_does_not_wait_for_it(uninterrupted, tmp_path):
@@ -226,14 +258,14 @@ def test_a_signal_during_the_evaluation_does_not_wait_for_it(uninterrupted, tmp_
     assert restore(tmp_path)["test"] is None
     result = run(tmp_path, settings=settings)
     assert_same(result.state, uninterrupted[1].state)
-    assert rows_of(tmp_path) == rows_of(uninterrupted[0])
+    assert tables_of(tmp_path) == tables_of(uninterrupted[0])
 
 
 def test_a_finished_run_is_evaluated_again_and_not_changed(uninterrupted, run_dir):
     result = run(run_dir, settings=config(**PHASES, keep=9))
     assert result.test_top1 == uninterrupted[1].test_top1
     assert result.step_seconds is None
-    assert rows_of(run_dir) == rows_of(uninterrupted[0])
+    assert tables_of(run_dir) == tables_of(uninterrupted[0])
 
 
 @pytest.mark.slow
@@ -273,7 +305,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, run_dir, caplog):
     assert "trying the one before" in caplog.text
     assert (run_dir / "set_aside/checkpoints-16").is_dir()
     assert_same(result.state, uninterrupted[1].state)
-    assert rows_of(run_dir) == rows_of(uninterrupted[0])
+    assert tables_of(run_dir) == tables_of(uninterrupted[0])
     assert restore(run_dir)["step"] == 16
 
 
@@ -528,4 +560,4 @@ def test_a_resume_continues_grain_at_the_next_batch(tmp_path):
     assert list_steps(tmp_path / "part/checkpoints")[-1] == 12
     resumed = run(tmp_path / "part", settings=settings, data=digits)
     assert_same(resumed.state, whole.state)
-    assert rows_of(tmp_path / "part") == rows_of(tmp_path / "whole")
+    assert tables_of(tmp_path / "part") == tables_of(tmp_path / "whole")

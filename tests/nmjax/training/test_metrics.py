@@ -32,22 +32,58 @@ def test_columns_say_only_what_means_something():
 
 def test_an_interval_is_the_mean_over_its_steps_and_the_sum_of_sad():
     interval = Interval()
-    interval.add({"loss": 3.0, "top1": 0.5, "sad": 4.0})
+    interval.add({"loss": 3.0, "top1": 0.5, "sad": 4.0}, {"a": 4.0, "b": 0.0})
     interval = Interval(interval.sums)  # through a checkpoint
-    interval.add({"loss": 1.0, "top1": 0.0, "sad": 0.0})
+    interval.add({"loss": 1.0, "top1": 0.0, "sad": 2.0}, {"a": 1.0, "b": 1.0})
     assert interval.row(100) == {
         "train_loss": 2.0,
         "train_top1": 0.25,
-        "sad": 4.0,
-        "flip_rate": 4 / (2 * 100),
+        "sad": 6.0,
+        "flip_rate": 6 / (2 * 100),
+    }
+    # The rows of the layers come more rarely: theirs begin anew on their own.
+    interval.add({"loss": 1.0, "top1": 0.0, "sad": 3.0}, {"a": 3.0, "b": 0.0})
+    assert interval.row(100)["sad"] == 3.0
+    assert interval.layers({"a": 10, "b": 90}) == {
+        "a": {"sad": 8.0, "flip_rate": 8 / (3 * 10)},
+        "b": {"sad": 1.0, "flip_rate": 1 / (3 * 90)},
     }
     assert interval.sums == {}
 
 
 def test_without_sparse_weights_there_is_no_flip_rate():
     interval = Interval()
-    interval.add({"loss": 3.0, "sad": 0.0})
+    interval.add({"loss": 3.0, "sad": 0.0}, {})
     assert interval.row(0) == {"train_loss": 3.0}
+    assert interval.layers({}) == {}
+
+
+def test_layers_are_rows_by_path_and_tags_of_tensorboard(tmp_path):
+    layers = {"a/kernel": {"sad": 2.0, "density": 0.5}, "b": {"sad": 0.0}}
+    row = {"step": 5, "epoch": 1.0, "phase": "sparse", "sad": 7.0, "density": 0.25}
+    writer = MetricsWriter(tmp_path, NAMES, step=0)
+    writer.write(row, layers)
+    writer.write({**row, "step": 8}, layers)
+    writer.close()
+    MetricsWriter(tmp_path, NAMES, step=5).close()  # drops the rows of step 8
+    first, second = rows_of(tmp_path / "layers.csv")
+    assert (first["path"], first["step"], first["phase"]) == ("a/kernel", "5", "sparse")
+    assert (first["sad"], first["density"]) == ("2.0", "0.5")
+    assert (second["path"], second["sad"], second["density"]) == ("b", "0.0", "")
+    events = events_of(sorted(tmp_path.glob("events.*"))[0])
+    values = {value.tag: value.simple_value for value in events[1].summary.value}
+    assert values == {
+        "sad": 7.0,
+        "density": 0.25,
+        "sad/a/kernel": 2.0,
+        "density/a/kernel": 0.5,
+        "sad/b": 0.0,
+    }
+
+
+def test_a_dense_run_has_no_rows_for_layers(tmp_path):
+    MetricsWriter(tmp_path, columns(10, sparse=False), step=0).close()
+    assert not (tmp_path / "layers.csv").exists()
 
 
 def test_a_row_is_on_disk_when_write_returns(tmp_path):

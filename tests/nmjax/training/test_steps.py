@@ -148,15 +148,16 @@ def test_sad_counts_the_mask_bits_that_the_step_changed():
     variables = variables_of()
     state = jit_new_train_state(phase)(variables)
     state, metrics = one_step(phase, state, batch_of())
-    changed = sum(
+    changed = [
         np.sum(
             magnitude_mask(state.params[layer]["kernel"])
             != magnitude_mask(variables["params"][layer]["kernel"])
         )
         for layer in ("conv", "fc")
-    )
-    assert changed > 0
-    assert metrics["sad"] == changed
+    ]
+    assert sum(changed) > 0
+    assert metrics["sad"] == sum(changed)
+    assert metrics["layer_sad"].tolist() == changed
     for layer in ("conv", "fc"):
         np.testing.assert_array_equal(
             state.masks[layer]["kernel"]["mask"],
@@ -191,7 +192,7 @@ def test_few_classes_have_no_top5():
     )
     step = functools.partial(steps.train_step, phase)
     _, metrics = jax.eval_shape(step, state, batch_of(), jax.random.key(0))
-    assert set(metrics) == {"loss", "top1", "sad"}
+    assert set(metrics) == {"loss", "top1", "sad", "layer_sad"}
 
 
 def test_runs_that_differ_in_the_seed_share_a_compilation():
