@@ -15,7 +15,9 @@ import jax
 
 import nmjax
 from nmjax.audit import Problem
+from nmjax.paths import named_leaves
 from nmjax.planning import Plan
+from nmjax.state import state_leaves
 
 SPARSE, DENSE, FAILED, UNREADABLE = "sparse", "dense", "failed", "unreadable"
 
@@ -131,6 +133,7 @@ def _check(folder: Path, network: dict[str, Any]) -> str:
     try:
         _refuse_missing_masks(plan, network["masks"])
         nmjax.check(network["params"], plan, network["masks"])
+        _refuse_masks_of_other_logits(network)
     except nmjax.CheckError as error:
         print(f"{label} FAILED, {error}")
         return FAILED
@@ -157,6 +160,29 @@ def _refuse_missing_masks(plan: Plan, masks: Any) -> None:
         raise nmjax.CheckError(
             [Problem(e.path, "missing", lacking) for e in plan.sparse]
         )
+
+
+def _refuse_masks_of_other_logits(network: dict[str, Any]) -> None:
+    """Learned masks must be the most probable ones of the logits beside them."""
+    plan: Plan = network["plan"]
+    learned = [e.path for e in plan.masked if e.recipe and e.recipe.mask == "learned"]
+    if not learned:
+        return
+    params, logits = network["params"], network["nm_logits"]
+    lacking = [path for path in learned if path not in named_leaves(logits)]
+    if lacking:
+        what = "the checkpoint has no logits for it"
+        raise nmjax.CheckError([Problem(path, "missing", what) for path in lacking])
+    own = nmjax.prepare(params, plan, network["nm"], logits=logits)
+    own, stored = state_leaves(own, "mask"), state_leaves(network["masks"], "mask")
+    differ = {path: int((own[path] != stored[path]).sum()) for path in learned}
+    problems = [
+        Problem(path, "weights", f"{bits} bits differ from the mask of the logits")
+        for path, bits in differ.items()
+        if bits
+    ]
+    if problems:
+        raise nmjax.CheckError(problems)
 
 
 def _is_sparse_later(folder: Path) -> bool:

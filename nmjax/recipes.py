@@ -311,7 +311,8 @@ def step(
     STEP trains dense until Adam's second moment is reliable, then keeps that moment
     as a fixed preconditioner and trains with masks. The optimizer is
     `nmjax.two_phase_adam`, which finds the moment of the change by itself or takes it
-    as a number; this recipe is dense before `dense_until`. Give both the same one.
+    as a number; this recipe is dense before `dense_until`. Give both the same one;
+    `nmjax.training` does, with `TrainConfig(optimizer="step_adam")`.
 
     Args:
       pattern: n kept of every m.

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[jax.Array], Any]
 
 
 class TwoPhaseAdamState(NamedTuple):
@@ -17,7 +17,8 @@ class TwoPhaseAdamState(NamedTuple):
       count: Updates done, int32.
       mu: First moment, as the parameters.
       nu: Second moment, as the parameters; fixed from the second phase on.
-      change: The last window of mean changes of nu, float32, (window,).
+      change: The last window of mean changes of nu, float32, (window,); the last one
+        alone where the moment of the change is fixed in advance.
       switched_at: Updates done when the second phase began, int32; -1 before.
     """
 
@@ -85,7 +86,8 @@ def two_phase_adam(
         )
     if mean not in ("arithmetic", "geometric"):
         raise ValueError(f'mean must be "arithmetic" or "geometric", got {mean!r}')
-    window = max(1, math.floor(1 / (1 - b2) + 1e-6))
+    fixed = earliest == latest
+    window = 1 if fixed else max(1, math.floor(1 / (1 - b2) + 1e-6))
 
     def init(params):
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731

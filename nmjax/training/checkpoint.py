@@ -1,14 +1,15 @@
 """Checkpoints: written by Orbax, verified when read, readable without nmjax.
 
-    RUN/checkpoints/STEP/{params, batch_stats, nm, masks, opt_state, data, meta}
-    RUN/best/STEP/{params, batch_stats, nm, masks, meta}
+    RUN/checkpoints/STEP/{params, batch_stats, nm, masks, nm_logits,
+                          opt_state, logits_opt_state, data, meta}
+    RUN/best/STEP/{params, batch_stats, nm, masks, nm_logits, meta}
 
-An item whose tree is empty (`nm` of SR-STE, `batch_stats` of a network without
-batch norm) is absent. `masks` are those that evaluation at this step uses, `data`
-is the position of the data iterator, `meta` is JSON: step, phase, plan, config,
-test metrics, and of every array shape, dtype and CRC-32, because a flipped bit in a
-chunk of an array goes unnoticed below. Arrays are stored without a device
-layout, so that they open on any number of devices, and with plain Orbax:
+An item whose tree is empty (`nm` of SR-STE, `batch_stats` of a network without batch
+norm, the logits where no mask is learned) is absent. `masks` are those that evaluation
+at this step uses, `data` is the position of the data iterator, `meta` is JSON: step,
+phase, plan, config, test metrics, and of every array shape, dtype and CRC-32, because
+a flipped bit in a chunk of an array goes unnoticed below. Arrays are stored without a
+device layout, so that they open on any number of devices, and with plain Orbax:
 
     import orbax.checkpoint as ocp
     with ocp.StandardCheckpointer() as checkpointer:
@@ -28,7 +29,7 @@ import orbax.checkpoint as ocp
 from nmjax.paths import named_leaves
 
 FORMAT = 1
-EVALUATION_ITEMS = ("params", "batch_stats", "nm", "masks")
+EVALUATION_ITEMS = ("params", "batch_stats", "nm", "masks", "nm_logits")
 
 
 class CheckpointError(ValueError):

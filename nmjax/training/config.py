@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
-Optimizer = Literal["sgd", "adamw"]
+Optimizer = Literal["sgd", "adamw", "step_adam"]
 Schedule = Literal["cosine", "step"]
 
 
@@ -29,13 +29,16 @@ class TrainConfig:
       micro_batches: The step's batch is split into this many equal parts whose
         gradients are averaged; batch norm sees one part at a time.
       optimizer: "sgd" (momentum, weight decay added to the gradient before the
-        momentum, as torch does) or "adamw" (decoupled weight decay; b1 = 0.9,
-        b2 = 0.999, eps = 1e-8).
+        momentum, as torch does), "adamw" (decoupled weight decay; b1 = 0.9,
+        b2 = 0.999, eps = 1e-8), or "step_adam": the same with a second moment that
+        stays as it is from the first sparse step on, as `nmjax.two_phase_adam`; the
+        run must start dense (STEP, arXiv:2302.01172).
       lr: Learning rate at the end of the warm-up.
       momentum: Of SGD. 0 is plain SGD.
       nesterov: Nesterov's form of the momentum; SGD only.
       weight_decay: Acts on all parameters, pruned weights, biases and batch
-        norm scales included, as torchvision's recipe does.
+        norm scales included, as torchvision's recipe does; not on logits of
+        learned masks, nor on the weights under them, which stay as they are.
       schedule: "cosine" to 0 at the last step, or "step": times `step_factor`
         at the start of each epoch of `step_epochs`.
       warmup_epochs: Epochs of linear warm-up from 0, part of `epochs`; may be a
@@ -114,10 +117,10 @@ class TrainConfig:
                 f"batch_size {self.batch_size} is not a multiple of micro_batches "
                 f"{self.micro_batches}"
             )
-        if self.optimizer == "adamw" and (self.nesterov or self.momentum != 0.9):
+        if self.optimizer != "sgd" and (self.nesterov or self.momentum != 0.9):
             raise ValueError(
                 "momentum and nesterov act on optimizer 'sgd' only; leave them out "
-                "with 'adamw' (b1 is 0.9)"
+                f"with {self.optimizer!r} (b1 is 0.9)"
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")

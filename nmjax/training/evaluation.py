@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 import nmjax
 from nmjax.planning import Plan
 from nmjax.rules import Rule, Rules, layer_path
+from nmjax.state import NMState
 from nmjax.training.steps import data_mesh, jit_eval_step, put_batch, replicate
 
 
@@ -30,8 +31,8 @@ def evaluate(
     Args:
       model: A linen model `(images, train) -> logits`.
       rules: As for `nmjax.sparsify`, or the plan of a checkpoint; `[]` is dense.
-      variables: "params", and where there are any "batch_stats" and "nm"; what
-        `restore` returns will do.
+      variables: "params", and where there are any "batch_stats", "nm" and "nm_logits"
+        (the most probable masks); what `restore` returns will do.
       data: The data set; see `nmjax.training`.
       batch_size: Images per batch, over all devices and hosts.
       devices: Devices to use; None = all.
@@ -47,11 +48,9 @@ def evaluate(
     mesh = data_mesh(devices)
     check_batch_size(batch_size, mesh)
     model, plan = _apply_rules(model, rules, data)
-    params, nm = variables["params"], variables.get("nm") or {}
+    params, masks = variables["params"], _masks_of(variables, plan)
     batch_stats = variables.get("batch_stats") or {}
-    params, batch_stats, masks = replicate(
-        (params, batch_stats, nmjax.prepare(params, plan, nm)), mesh
-    )
+    params, batch_stats, masks = replicate((params, batch_stats, masks), mesh)
     step = jit_eval_step(model, mesh)
     step = functools.partial(step, params, batch_stats, masks)
     return run_evaluation(step, data, batch_size, mesh)
@@ -133,8 +132,7 @@ def reestimate_batch_stats(
       ValueError: The rules or the variables do not fit the model.
     """
     model, plan = _apply_rules(model, rules, data)
-    params, nm = variables["params"], variables.get("nm") or {}
-    masks = nmjax.prepare(params, plan, nm)
+    params, masks = variables["params"], _masks_of(variables, plan)
     batch_stats = variables.get("batch_stats") or {}
     update = _jit_update_batch_stats(model)
     batches_of = data.train_batches(batch_size, seed=seed)
@@ -189,6 +187,11 @@ def _apply_rules(
     plan = nmjax.plan(model, rules, example, train=False)
     sparse = nmjax.sparsify(model, rules) if plan.sparse else nmjax.densify(model)
     return sparse, plan
+
+
+def _masks_of(variables: Mapping[str, Any], plan: Plan) -> NMState:
+    nm, logits = variables.get("nm"), variables.get("nm_logits")
+    return nmjax.prepare(variables["params"], plan, nm, logits=logits)
 
 
 def rules_of(plan: Plan) -> list[Rule]:

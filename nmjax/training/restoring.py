@@ -96,7 +96,8 @@ def restore(path: str | Path, step: int | None = None) -> dict[str, Any]:
       step: The step; None = the latest.
 
     Returns:
-      `params`, `batch_stats`, `nm`, `masks`: nested dictionaries of NumPy arrays;
+      `params`, `batch_stats`, `nm`, `masks`, `nm_logits` (of learned masks): nested
+      dictionaries of NumPy arrays;
       `plan` (Plan), `step`, `config` (TrainConfig), `phase` ("dense", "sparse",
       "frozen" or "finish"), `test` (metrics at this step, or None).
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from nmjax.planning import Plan
 from nmjax.training.checkpoint import (
+    EVALUATION_ITEMS,
     CheckpointError,
     DamagedCheckpointError,
     list_steps,
@@ -25,7 +26,7 @@ from nmjax.training.state import TrainState
 
 logger = logging.getLogger("nmjax")
 
-ITEMS = ("params", "batch_stats", "nm", "masks", "opt_state")
+ITEMS = (*EVALUATION_ITEMS, "opt_state", "logits_opt_state")
 
 
 @dataclasses.dataclass(frozen=True)

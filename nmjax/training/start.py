@@ -47,6 +47,11 @@ def train(
     Everything that can be wrong with the arguments is refused before the first step.
     The decay of SR-STE is always added in the optimizer, once for each step.
 
+    Where masks are learned (arXiv:2411.00288) their logits train beside the parameters
+    and are saved with them; the weights under these masks stay as they are, bit for
+    bit, unless the recipe trains them, and everything else trains as usual. Evaluation
+    takes the most probable masks.
+
     Args:
       model: A linen model `(images, train: bool) -> logits`, with no collections but
         "params" and "batch_stats".

@@ -19,8 +19,10 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nmjax
+from nmjax.paths import map_named
 from nmjax.planning import Plan
 from nmjax.rules import Rule, Rules, as_rules
+from nmjax.schedule import Schedule
 from nmjax.training.config import TrainConfig
 
 
@@ -37,6 +39,8 @@ class TrainState:
       masks: The mask of every sparse weight at these parameters, as `nmjax.prepare`
         makes it: used by the next step and by evaluation. One byte for each sparse
         weight.
+      nm_logits: Logits of learned masks, as `nmjax.init_logits` makes them; trained.
+      logits_opt_state: Of their optimizer; `()` where no mask is learned.
     """
 
     step: Any
@@ -45,6 +49,8 @@ class TrainState:
     opt_state: optax.OptState
     nm: Any
     masks: Any
+    nm_logits: Any
+    logits_opt_state: optax.OptState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Phase:
     Attributes:
       name: "dense", "sparse", "frozen" or "finish", as of `nmjax.phases`.
       first_step: The step with which it begins.
+      sparse_from: The first step of the run in which a layer is sparse.
       model: The model with the rules of the phase applied.
       plan: The plan of model and rules.
       config: The hyperparameters, those that shape no step set to constants.
@@ -66,6 +73,7 @@ class Phase:
 
     name: str
     first_step: int
+    sparse_from: int
     model: nn.Module
     plan: Plan
     config: TrainConfig
@@ -98,7 +106,8 @@ def make_phases(
 
     Raises:
       PlanError: The rules do not fit the model.
-      ValueError: A recipe learns its masks, or has no room for the config's phases.
+      ValueError: A recipe has no room for the config's phases, or one that learns its
+        masks has phases; or "step_adam" without a dense start.
     """
     example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     no_matter = {"seed": 0, "keep": 1, "log_every": 1, "checkpoint_every": None}
@@ -113,6 +122,7 @@ def make_phases(
             Phase(
                 name=part.name,
                 first_step=part.first_step,
+                sparse_from=0,
                 model=made(model, part.rules),
                 plan=plan,
                 config=static,
@@ -120,9 +130,16 @@ def make_phases(
                 mesh=mesh,
             )
         )
+    sparse_from = min((p.first_step for p in phases if p.plan.sparse), default=0)
+    if config.optimizer == "step_adam" and not sparse_from:
+        raise ValueError(
+            "optimizer 'step_adam' takes its second moment from a dense start, and no "
+            "layer of this run turns sparse after one: use nmjax.recipes.step, or a "
+            "schedule with dense_until, or dense_epochs for every recipe; or 'adamw'"
+        )
     if not any(phase.plan.sparse for phase in phases):
         return (dataclasses.replace(phases[-1], name="dense", first_step=0),)
-    return tuple(phases)
+    return tuple(dataclasses.replace(p, sparse_from=sparse_from) for p in phases)
 
 
 def phase_of_step(phases: Sequence[Phase], step: int) -> Phase:
@@ -135,10 +152,14 @@ def _scheduled(rule: Rule, config: TrainConfig) -> Rule:
     recipe = rule.recipe
     if recipe is None:
         return rule
-    if recipe.mask == "learned":
+    phases = (
+        config.dense_epochs or config.freeze_epochs or recipe.schedule != Schedule()
+    )
+    if recipe.mask == "learned" and phases:
         raise ValueError(
-            f"Rule({rule.path!r}): recipe {recipe.name!r} trains logits, which "
-            "nmjax.training does not keep: write your own loop around nmjax.sparsify"
+            f"Rule({rule.path!r}): recipe {recipe.name!r} trains logits during the "
+            "whole run: leave out its schedule, dense_epochs and freeze_epochs. Dense "
+            "weights to begin with come from a run of their own, as init_params"
         )
     recipe = dataclasses.replace(recipe, decay_in="optimizer")
     if config.dense_epochs or config.freeze_epochs:
@@ -175,19 +196,56 @@ def make_optimizer(phase: Phase) -> optax.GradientTransformationExtraArgs:
 
     AdamW adds its weight decay after the moments (arXiv:1711.05101); the decay of
     SR-STE is a gradient and passes through them in both. The update takes
-    `nm=` the masks of the step.
+    `nm=` the masks of the step. `frozen_weights` have no moments and no decay.
     """
+    parts = _descent(phase, phase.config.weight_decay)
+    tx = optax.chain(nmjax.add_decay(phase.plan), *parts)
+    frozen = frozen_weights(phase.plan)
+    if frozen:
+        tx = optax.masked(
+            tx, functools.partial(map_named, lambda p, _: p not in frozen)
+        )
+    return optax.with_extra_args_support(tx)
+
+
+def make_logits_optimizer(phase: Phase) -> optax.GradientTransformation:
+    """As `make_optimizer`, for logits of learned masks: no decay of any kind.
+
+    The clip bounds the norm of their own gradient.
+    """
+    return optax.chain(*_descent(phase, weight_decay=0.0))
+
+
+def _descent(phase: Phase, weight_decay: float) -> list[Any]:
+    """Clip, weight decay, moments, learning rate."""
     config = phase.config
     schedule = make_schedule(config, phase.steps_per_epoch)
-    parts = [nmjax.add_decay(phase.plan)]
-    if config.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.optimizer == "sgd":
-        parts.append(optax.add_decayed_weights(config.weight_decay))
-        parts.append(optax.sgd(schedule, config.momentum or None, config.nesterov))
-    else:
-        parts.append(optax.adamw(schedule, weight_decay=config.weight_decay))
-    return optax.with_extra_args_support(optax.chain(*parts))
+    clip = config.clip_norm
+    parts = [] if clip is None else [optax.clip_by_global_norm(clip)]
+    match config.optimizer:
+        case "sgd":
+            parts.append(optax.add_decayed_weights(weight_decay))
+            parts.append(optax.sgd(schedule, config.momentum or None, config.nesterov))
+        case "adamw":
+            parts.append(optax.adamw(schedule, weight_decay=weight_decay))
+        case "step_adam":
+            start = phase.sparse_from
+            parts.append(
+                nmjax.two_phase_adam(
+                    schedule, earliest=start, latest=start, weight_decay=weight_decay
+                )
+            )
+    return parts
+
+
+def frozen_weights(plan: Plan) -> frozenset[str]:
+    """Paths of the weights that a recipe keeps as they are: those under learned masks.
+
+    All else trains: logits, biases, batch norm, and the layers without such a recipe.
+    """
+    return frozenset(
+        e.path for e in plan.sparse if e.recipe and e.recipe.gradient == "none"
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -232,13 +290,16 @@ def new_train_state(phase: Phase, variables: Mapping[str, Any]) -> TrainState:
     """
     params = variables["params"]
     nm = nmjax.init_state(params, phase.plan)
+    logits = nmjax.init_logits(params, phase.plan)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables["batch_stats"],
         opt_state=make_optimizer(phase).init(params),
         nm=nm,
-        masks=nmjax.prepare(params, phase.plan, nm),
+        masks=nmjax.prepare(params, phase.plan, nm, logits=logits),
+        nm_logits=logits,
+        logits_opt_state=make_logits_optimizer(phase).init(logits) if logits else (),
     )
 
 
@@ -246,9 +307,12 @@ def enter_phase(before: Phase, phase: Phase, state: TrainState) -> TrainState:
     """The state with which a phase begins, after another; traceable.
 
     The frozen phase keeps the masks in force; the sparse phase chooses its own.
+    Learned masks have no phases of their own: their logits pass on as they are.
     """
     nm = nmjax.next_state(state.params, phase.plan, state.masks, before.plan)
-    masks = nmjax.prepare(state.params, phase.plan, nm)
+    # Temperatures are those of the step; masks chosen just now stay the same.
+    nm = nmjax.refresh(nm, state.params, phase.plan, state.step)
+    masks = nmjax.prepare(state.params, phase.plan, nm, logits=state.nm_logits)
     return dataclasses.replace(state, nm=nm, masks=masks)
 
 

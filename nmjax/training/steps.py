@@ -18,8 +18,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import nmjax
 from nmjax import metrics as nm_metrics
+from nmjax.paths import map_named, named_leaves, nest
+from nmjax.state import NMState, state_entries
 from nmjax.training.metrics import TOP5_FROM_CLASSES
-from nmjax.training.state import Phase, TrainState, make_optimizer
+from nmjax.training.state import (
+    Phase,
+    TrainState,
+    frozen_weights,
+    make_logits_optimizer,
+    make_optimizer,
+)
 
 Batch = Mapping[str, jax.Array]
 
@@ -92,7 +100,8 @@ def train_step(
       phase: What is static.
       state: Before the step.
       batch: "image" `(B, H, W, C)` and "label" `(B,)` int32.
-      key: Of the run; dropout of step s draws from `fold_in(key, s)`.
+      key: Of the run; dropout, sampled gradients and learned masks of step s draw from
+        `fold_in(key, s)`.
 
     Returns:
       The state after the step, and float32 scalars: "loss", "top1" and "top5" (shares
@@ -126,12 +135,19 @@ def train_step(
         )
     grads = jax.tree.map(lambda g: g / (count * phase.config.loss_scale), grads)
 
+    grads, logit_grads = grads
     tx = make_optimizer(phase)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, nm=state.masks)
     params = optax.apply_updates(state.params, updates)
+    params = _keep(frozen_weights(phase.plan), state.params, params)
+    logits, logits_opt_state = state.nm_logits, state.logits_opt_state
+    if logits:
+        tx = make_logits_optimizer(phase)
+        updates, logits_opt_state = tx.update(logit_grads, logits_opt_state, logits)
+        logits = optax.apply_updates(logits, updates)
     step = state.step + 1
     nm = nmjax.refresh(state.nm, params, phase.plan, step)
-    masks = nmjax.prepare(params, phase.plan, nm)
+    masks = nmjax.prepare(params, phase.plan, nm, logits=logits)
     new = TrainState(
         step=step,
         params=params,
@@ -139,6 +155,8 @@ def train_step(
         opt_state=opt_state,
         nm=nm,
         masks=masks,
+        nm_logits=logits,
+        logits_opt_state=logits_opt_state,
     )
     size = batch["label"].shape[0]
     *by_mask, sad = nm_metrics.sad(state.masks, masks).values()
@@ -152,8 +170,14 @@ def train_step(
 def _gradient(phase, state, batch_stats, batch, key):
     """New batch statistics, and (gradient of the scaled mean loss, metric sums)."""
 
-    def loss_of(params):
-        variables = {"params": params, "batch_stats": batch_stats, "nm": state.masks}
+    def loss_of(trained):
+        params, nm_logits = trained
+        variables = {
+            "params": params,
+            "batch_stats": batch_stats,
+            "nm": _drawn_or_prepared(phase, state),
+            "nm_logits": nm_logits,
+        }
         logits, new = phase.model.apply(
             variables,
             batch["image"],
@@ -169,8 +193,24 @@ def _gradient(phase, state, batch_stats, batch, key):
         new_stats = new.get("batch_stats", batch_stats)
         return jnp.mean(losses) * phase.config.loss_scale, (new_stats, sums)
 
-    grads, (batch_stats, sums) = jax.grad(loss_of, has_aux=True)(state.params)
+    trained = state.params, state.nm_logits
+    grads, (batch_stats, sums) = jax.grad(loss_of, has_aux=True)(trained)
     return batch_stats, (grads, sums)
+
+
+def _drawn_or_prepared(phase: Phase, state: TrainState) -> NMState:
+    """The prepared masks; where masks are learned the temperature, to draw them."""
+    kept = state_entries(state.nm, phase.plan)
+    sparse = phase.plan.sparse
+    learned = {e.path for e in sparse if e.recipe and e.recipe.mask == "learned"}
+    masks = state_entries(state.masks, phase.plan)
+    return nest({**masks, **{path: kept[path] for path in learned}})
+
+
+def _keep(frozen: frozenset[str], old: Any, new: Any) -> Any:
+    """`new` with the frozen weights of `old`: adding 0 would change the sign of −0."""
+    leaves = named_leaves(old)
+    return map_named(lambda path, w: leaves[path] if path in frozen else w, new)
 
 
 def _micro_batches(batch: Batch, count: int, mesh: Mesh) -> dict[str, jax.Array]:

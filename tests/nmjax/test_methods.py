@@ -364,6 +364,7 @@ def test_the_temperature_follows_the_step():
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
+@pytest.mark.slow
 def test_nnx_learns_masks():
     layer = nmjax.nnx.Linear(8, 4, recipe=LEARNED, rngs=nnx.Rngs(0))
     model = nnx.Dict(layer=layer)
@@ -430,6 +431,7 @@ def dense_loss(params):
     )(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -507,6 +509,7 @@ class Scanned(nn.Module):
     axis: int = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "axis"),
     [
@@ -566,6 +569,7 @@ def test_a_scanned_layer_is_its_layers_one_by_one(name, axis):
         np.testing.assert_allclose(gradient[i], dw, rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_logits_of_a_scanned_layer_are_sliced_with_it(axis):
     kernels = np.random.default_rng(2).normal(0, 0.5, (3, 8, 8)).astype(np.float32)

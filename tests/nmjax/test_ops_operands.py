@@ -413,6 +413,7 @@ def test_an_einsum_that_is_no_gemm_is_refused(equation):
 # Transformations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [ACTIVATION, SAMPLED, FST], ids=lambda r: r.name)
 def test_vmap_scan_and_remat_give_the_same(rng, recipe):
     x, w = integers(rng, 8, 8), integers(rng, 2, 8, 8)

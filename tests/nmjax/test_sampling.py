@@ -10,7 +10,10 @@ from nmjax.sampling import mvue
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
-PATTERNS = ["2:4", "1:2", "1:4", "3:4", "2:8", "4:8"]
+PATTERNS = ["2:4", "1:2", "1:4", "3:4"]
+PATTERNS += [
+    pytest.param(pattern, marks=pytest.mark.slow) for pattern in ("2:8", "4:8")
+]
 
 
 def inclusion_probabilities(a, n):
@@ -95,7 +98,9 @@ def test_variance_of_2_4_in_closed_form():
     np.testing.assert_allclose(variance(outlier), 6**2 - 14, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "8:16"])
+@pytest.mark.parametrize(
+    "pattern", ["1:2", "2:4", "4:8", pytest.param("8:16", marks=pytest.mark.slow)]
+)
 def test_exactly_n_are_kept_for_any_uniform_number(rng, pattern):
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
     x = rng.normal(size=(4096, m)) * 10 ** rng.uniform(-6, 6, (4096, m))
@@ -163,6 +168,7 @@ def test_sixteen_bit_values_are_those_of_float32_rounded(rng, dtype):
     np.testing.assert_array_equal(values, exact.astype(dtype))
 
 
+@pytest.mark.slow
 def test_keys_of_both_kinds_jit_and_vmap(rng):
     x = jnp.asarray(rng.normal(size=(3, 16, 8)), jnp.float32)
     key = jax.random.key(1)

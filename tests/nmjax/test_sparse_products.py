@@ -76,7 +76,9 @@ def test_a_product_is_the_dense_one(rng, products, gemm_atol, sparse, options):
         ("sr_ste 4:8", []),
     ],
 )
-@pytest.mark.parametrize("layer", ["Dense", "DenseGeneral"])
+@pytest.mark.parametrize(
+    "layer", ["Dense", pytest.param("DenseGeneral", marks=pytest.mark.slow)]
+)
 def test_a_layer_runs_each_sparse_gemm_there(rng, products, recipe, sizes, layer):
     recipe = {
         "dense": recipes.dense(),
@@ -113,6 +115,7 @@ def test_a_layer_runs_each_sparse_gemm_there(rng, products, recipe, sizes, layer
         np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transposable", "semi_sparse_activation"])
 def test_gradients_sum_over_devices_inside_shard_map(rng, products, monkeypatch, name):
     """Data over one axis: dW is summed over it; outputs over the other: dx is."""

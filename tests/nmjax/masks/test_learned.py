@@ -160,6 +160,7 @@ def test_entropy_falls_to_zero_without_nan():
     np.testing.assert_allclose(actual, -(p * np.log(p)).sum(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_jit_and_vmap(rng):
     logits, key = some_logits(rng, (2, 8, 4)), jax.random.key(5)
     draw = lambda logits, key: sample_mask(logits, key, "2:4", temperature=0.5)  # noqa: E731

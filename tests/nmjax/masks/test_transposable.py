@@ -137,7 +137,9 @@ def test_ties_go_to_a_fixed_mask():
         np.testing.assert_array_equal(transposable_mask(constant, "2:6"), circulant)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:3"])
+@pytest.mark.parametrize(
+    "pattern", ["2:4", pytest.param("1:3", marks=pytest.mark.slow)]
+)
 def test_tiles_are_those_of_the_last_two_axes(pattern, rng):
     m = NMPattern(pattern).m
     scores = jnp.asarray(rng.normal(size=(3, 2, 2 * m, 3 * m)), jnp.float32)
@@ -193,6 +195,7 @@ def test_n_equal_to_m_is_dense():
         assert certified.gap.shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_shards_hold_whole_tiles(rng):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
     scores = jnp.asarray(rng.normal(size=(12, 8)), jnp.float32)

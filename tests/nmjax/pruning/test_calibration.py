@@ -89,6 +89,7 @@ def test_a_sparse_model_is_calibrated_dense():
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linen_transformer_scan", "nnx_transformer_scan"])
 def test_layers_inside_a_scan_are_refused(name):
     foreign = MODELS[name]

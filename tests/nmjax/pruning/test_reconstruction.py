@@ -98,6 +98,7 @@ def test_a_step_that_worsens_a_layer_is_not_taken(rng):
     assert result.layers[0].error == result.layers[0].magnitude_error
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(rng):
     model, x, params = dense_layer(rng, bias=False)
     run = lambda seed: ada_prune(  # noqa: E731

@@ -172,6 +172,7 @@ def mlp(rng):
     return x, params
 
 
+@pytest.mark.slow
 def test_later_layers_see_the_pruned_network(rng):
     x, params = mlp(rng)
     seen = []
@@ -221,6 +222,7 @@ def test_foreign_linen_models(name):
     assert_pruned(result, variables["params"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -385,9 +385,3 @@ def test_a_step_of_other_methods(name):
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
     nmjax.check(after.params, phase.plan, after.masks)
-
-
-def test_learned_masks_are_refused():
-    rules = [RULES[0], nmjax.Rule(".*", nmjax.recipes.learned("2:4"))]
-    with pytest.raises(ValueError, match="trains logits, which nmjax.training"):
-        phases_of(config(), rules=rules)
