@@ -93,16 +93,16 @@ def transposable_gap(
     lost = {}
     for entry in plan.sparse:
         recipe = entry.recipe
-        if recipe is None or recipe.mask not in ("transposable", "tile"):
+        pattern = recipe.pattern if recipe else None
+        if not (recipe and pattern) or recipe.mask not in ("transposable", "tile"):
             continue
         axes = (entry.axis, entry.out_axes[-1])
         scores, mask = (
             jnp.moveaxis(x, axes, (-2, -1))
             for x in (jnp.abs(leaves[entry.path]), masks[entry.path])
         )
-        kept, best = kept_and_best(
-            scores, mask, recipe.pattern, at_most=recipe.mask == "tile"
-        )
+        at_most = recipe.mask == "tile"
+        kept, best = kept_and_best(scores, mask, pattern, at_most=at_most)
         lost[entry.path] = (best - kept, best)
     return _shares(lost)
 
