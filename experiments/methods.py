@@ -57,6 +57,10 @@ def _after_training(
     )
 
 
+# For methods that belong to Adam, at the better of two rates on training images that
+# were held out.
+_ADAM = {"opt": "adamw", "lr": 3e-3}
+
 METHODS: dict[str, Method] = {
     DENSE: Method("dense", "dense", patterns=()),
     # λ of the paper, for 600,000 steps: dropped weights decay with a time constant of
@@ -78,6 +82,8 @@ METHODS: dict[str, Method] = {
     "two_by_four": Method(
         "2by4, last sixth dense", "two_by_four", {"decay": 6e-5}, ("2:4",)
     ),
+    "dense_adam": Method("dense, AdamW", "dense", patterns=(), options=_ADAM),
+    "step": Method("STEP", "step", options={**_ADAM, "opt": "step_adam"}),
     "one_shot": _after_training("one-shot, batch norm re-estimated"),
     "one_shot_as_is": _after_training("one-shot, as it is", reestimate=False),
     "ada_prune": _after_training("AdaPrune", "ada_prune"),
@@ -94,6 +100,7 @@ PAIRS = (
     ("sr_ste_scaled", "ste"),
     ("asp", "dense_longer"),
     ("sr_ste", "asp"),
+    ("step", "dense_adam"),
 )
 
 # What is compared when no recipes are named.

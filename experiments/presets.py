@@ -129,8 +129,9 @@ class OptimOptions:
     # Micro-batches that one optimizer step is computed in; fewer images in memory.
     gradient_accumulation: int = 1
 
-    # Optimizer.
-    opt: Literal["sgd", "adamw"] = "sgd"
+    # Optimizer. step_adam: adamw whose second moment stays as it is after the dense
+    # start (STEP, arXiv:2302.01172).
+    opt: Literal["sgd", "adamw", "step_adam"] = "sgd"
 
     # Peak learning rate. It is not scaled with the batch size.
     lr: float = 0.1
