@@ -82,6 +82,12 @@ METHODS: dict[str, Method] = {
     "two_by_four": Method(
         "2by4, last sixth dense", "two_by_four", {"decay": 6e-5}, ("2:4",)
     ),
+    "learned": Method(
+        "learned masks, weights of the dense network",
+        "learned",
+        start=DENSE,
+        options={"opt": "adamw", "lr": 0.3},  # logits must move far: 0.1 is too little
+    ),
     "dense_adam": Method("dense, AdamW", "dense", patterns=(), options=_ADAM),
     "step": Method("STEP", "step", options={**_ADAM, "opt": "step_adam"}),
     "one_shot": _after_training("one-shot, batch norm re-estimated"),
