@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
     "sparse_gpt": _after_training("SparseGPT", "sparse_gpt"),
     "asp": Method("one-shot, trained as long again (ASP)", "one_shot", start=DENSE),
     "dense_longer": Method(
-        "dense, trained as long again", "dense", (), (), start=DENSE
+        "dense, trained as long again", "dense", patterns=(), start=DENSE
     ),
 }
 
