@@ -70,7 +70,7 @@ def test_a_product_is_the_dense_one(rng, products, gemm_atol, sparse, options):
         ("dense", []),
         ("sr_ste", [(N, T, K)]),
         ("transposable", [(N, T, K), (K, T, N)]),
-        ("bi_mask", [(N, T, K), (K, T, N)]),
+        pytest.param("bi_mask", [(N, T, K), (K, T, N)], marks=pytest.mark.slow),
         ("semi_sparse_activation", [(T, N, K), (K, N, T)]),
         ("two_by_four", [(N, T, K), (K, T, N), (N, K, T)]),
         ("sr_ste 4:8", []),

@@ -18,11 +18,8 @@ from tests.foreign import MODELS
 
 LINEN = [name for name, model in MODELS.items() if model.api == "linen"]
 QUICK = {
-    "linen_transformer_jit",
     "linen_transformer_scan_remat",
     "linen_vae",
-    "linen_mobilenet",
-    "linen_image_decoder",
     "linen_einsum",
     "linen_partitioned",
     "linen_tied",
