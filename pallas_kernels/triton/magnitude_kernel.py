@@ -8,7 +8,7 @@ Compiled for sm_80 and sm_90 and interpreted. Not yet run on a GPU.
 
 # Triton reads Python of its own, whose types are not those of Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import triton
 import triton.language as tl
 

@@ -11,7 +11,7 @@ import itertools
 
 # Triton reads Python of its own, whose types are not those of Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import triton
 import triton.language as tl
 
