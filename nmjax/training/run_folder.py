@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from nmjax.planning import Plan
+from nmjax.schedule import Schedule
 from nmjax.training.checkpoint import CheckpointError
 from nmjax.training.config import TrainConfig
 
@@ -88,8 +89,8 @@ def refuse_other_plan(where: Path, old: Plan, new: Plan) -> None:
     Raises:
       CheckpointError: The plans differ; the first paths that do are named.
     """
-    before = {entry.path: entry for entry in old}
-    now = {entry.path: entry for entry in new}
+    before = {entry.path: _without_schedule(entry) for entry in old}
+    now = {entry.path: _without_schedule(entry) for entry in new}
     paths = [*now, *(path for path in before if path not in now)]
     differ = [path for path in paths if before.get(path) != now.get(path)]
     if differ:
@@ -100,6 +101,14 @@ def refuse_other_plan(where: Path, old: Plan, new: Plan) -> None:
             f"{where} is of another model or was made with other rules; {len(differ)} "
             "parameters differ, the first are\n  " + "\n  ".join(lines[:5])
         )
+
+
+def _without_schedule(entry: Any) -> Any:
+    """The entry at any length of the run: a schedule's fractions change with it."""
+    if entry.recipe is None:
+        return entry
+    recipe = dataclasses.replace(entry.recipe, schedule=Schedule())
+    return dataclasses.replace(entry, recipe=recipe)
 
 
 def _say(entry: Any) -> str:
