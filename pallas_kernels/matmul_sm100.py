@@ -66,19 +66,7 @@ def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
         return f"needs an NVIDIA GPU, jax runs on {jax.default_backend()}"
     if capability[0] != 10:
         return f"needs compute capability 10.x, this device has {capability}"
-    return _unsupported(a, b, form)
-
-
-def _unsupported(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
-    if a.pattern != (2, 4):
-        n, m = a.pattern
-        return f"the instruction multiplies 2:4 alone, the operand is {n}:{m}"
-    if a.dtype not in (jnp.bfloat16, jnp.float16) or b.dtype != a.dtype:
-        return f"takes bfloat16 or float16 twice, the operands are {a.dtype}, {b.dtype}"
-    out_dtype = jnp.dtype(form.out_dtype)
-    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"writes bfloat16, float16 or float32, not {out_dtype}"
-    return None
+    return reference.unsupported(a, b, form)
 
 
 def metadata_squares(words: jax.Array) -> jax.Array:
@@ -129,12 +117,9 @@ def gemm(
       NotImplementedError: The operands are none that the instruction takes.
       ValueError: B does not fit A.
     """
-    if reason := _unsupported(a, b, form):
+    if reason := reference.unsupported(a, b, form):
         raise NotImplementedError(f"matmul_sm100: {reason}")
-    m, k = a.shape
-    n, b_k = b.shape[::-1] if form.b_is_kn else b.shape
-    if b_k != k:
-        raise ValueError(f"A {a.shape} contracts {k}, B {b.shape} has {b_k}: {form}")
+    m, n, k = reference.sizes(a, b, form)
     if 0 in (m, n, k):
         return reference.gemm(a, b, bias, form)  # there is nothing to multiply
     config = config or heuristic_sm100(m, n, k)

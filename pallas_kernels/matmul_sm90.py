@@ -47,7 +47,6 @@ _COPYING = 2  # the warpgroup that does not multiply
 
 def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
     """Why `gemm` cannot run these operands on this device; None where it can."""
-    del b
     capability = ptx.capability()
     if capability is None:
         return f"needs a Hopper GPU, jax runs on {jax.default_backend()}"
@@ -57,20 +56,15 @@ def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
             "needs compute capability 9.0 (Hopper), which alone has wgmma; this "
             f"device has {major}.{minor}"
         )
-    return _unsupported(a, form)
+    return _unsupported(a, b, form)
 
 
-def _unsupported(a: NMCompressed, form: Form) -> str | None:
-    if a.pattern != (2, 4):
-        n, m = a.pattern
-        return f"the instruction multiplies 2:4 alone, the operand is {n}:{m}"
-    if a.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 or float16, the operands are {a.dtype}"
-    out_dtype = jnp.dtype(form.out_dtype)
-    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"writes bfloat16, float16 or float32, not {out_dtype}"
+def _unsupported(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
+    if reason := reference.unsupported(a, b, form):
+        return reason
     needed = wgmma.TRANSPOSED_FLOAT32_SINCE
-    if out_dtype == jnp.float32 and form.out_is_nm and ptx.JAX_VERSION < needed:
+    is_float32 = jnp.dtype(form.out_dtype) == jnp.float32
+    if is_float32 and form.out_is_nm and ptx.JAX_VERSION < needed:
         needed = ".".join(map(str, needed))
         return (
             f"float32 written as (N, M) needs jax {needed}, this is {jax.__version__}"
@@ -103,13 +97,13 @@ def gemm(
     Raises:
       NotImplementedError: This is no Hopper, or the operands are none that the
         instruction takes.
+      ValueError: B does not fit A.
     """
-    reason = unavailable(a, b, form) if interpret is None else _unsupported(a, form)
+    reason = unavailable(a, b, form) if interpret is None else _unsupported(a, b, form)
     if reason:
         raise NotImplementedError(f"matmul_sm90: {reason}")
     form = dataclasses.replace(form, out_dtype=jnp.dtype(form.out_dtype))
-    m, k = a.shape
-    n = b.shape[1 if form.b_is_kn else 0]
+    m, n, k = reference.sizes(a, b, form)
     if 0 in (m, n, k):
         return reference.gemm(a, b, bias, form)  # there is nothing to multiply
     config = config or heuristic_sm90(m, n, k)

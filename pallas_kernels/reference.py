@@ -81,6 +81,32 @@ def gemm(
     return ACTIVATIONS[form.activation](out).astype(form.out_dtype)
 
 
+def unsupported(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
+    """Why no sparse instruction takes these operands; None where one does."""
+    if a.pattern != (2, 4):
+        n, m = a.pattern
+        return f"the instruction multiplies 2:4 alone, the operand is {n}:{m}"
+    if a.dtype not in (jnp.bfloat16, jnp.float16) or b.dtype != a.dtype:
+        return f"takes bfloat16 or float16 twice, the operands are {a.dtype}, {b.dtype}"
+    out_dtype = jnp.dtype(form.out_dtype)
+    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"writes bfloat16, float16 or float32, not {out_dtype}"
+    return None
+
+
+def sizes(a: NMCompressed, b: jax.Array, form: Form) -> tuple[int, int, int]:
+    """M, N and K of `A · B`.
+
+    Raises:
+      ValueError: B does not fit A.
+    """
+    m, k = a.shape
+    n, b_k = b.shape[::-1] if form.b_is_kn else b.shape
+    if b_k != k:
+        raise ValueError(f"A {a.shape} contracts {k}, B {b.shape} has {b_k}: {form}")
+    return m, n, k
+
+
 def magnitude_keys(x: jax.Array) -> jax.Array:
     """Integers in the order of |x|: NaN lowest, -0.0 equal to 0.0; int32, from 0 up.
 

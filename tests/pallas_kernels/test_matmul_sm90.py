@@ -389,7 +389,8 @@ def test_compiles_with_no_gpu(config):
 def test_every_layout_compiles(form, out_dtype):
     form = dataclasses.replace(form, activation="gelu", out_dtype=out_dtype)
     dtype = jnp.float16 if out_dtype == jnp.float16 else jnp.bfloat16
-    if reason := matmul_sm90._unsupported(small(dtype), form):
+    b = jnp.ones((4, 64), dtype)
+    if reason := matmul_sm90._unsupported(small(dtype), b, form):
         pytest.skip(reason)
     kernel = compiled(form, SM90Config(128, 128, 64, stages=4), dtype=dtype)
     assert f".f32.{'f16.f16' if dtype == jnp.float16 else 'bf16.bf16'}" in kernel.ptx
@@ -434,7 +435,9 @@ def small(dtype=jnp.bfloat16, pattern="2:4") -> NMCompressed:
 
 def test_unavailable_says_why(monkeypatch):
     def reason(a=None, form=None):
-        return matmul_sm90.unavailable(a or small(), jnp.ones((4, 64)), form or Form())
+        a = a or small()
+        b = jnp.ones((4, 64), a.dtype)
+        return matmul_sm90.unavailable(a, b, form or Form())
 
     monkeypatch.setattr(ptx, "capability", lambda: None)
     assert "needs a Hopper GPU, jax runs on" in reason()
@@ -444,9 +447,8 @@ def test_unavailable_says_why(monkeypatch):
     monkeypatch.setattr(ptx, "capability", lambda: (9, 0))
     assert reason() is None
     assert "2:4 alone, the operand is 1:4" in reason(small(pattern="1:4"))
-    assert "takes bfloat16 or float16, the operands are float32" in reason(
-        small(jnp.float32)
-    )
+    said = reason(small(jnp.float32))
+    assert "takes bfloat16 or float16 twice, the operands are float32, float32" in said
     assert "not int32" in reason(form=Form(out_dtype=jnp.int32))
     monkeypatch.setattr(ptx, "JAX_VERSION", (0, 10, 2))
     assert reason() is None
