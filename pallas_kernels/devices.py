@@ -1,6 +1,7 @@
 """GPUs: which one this is, and what data sheets say of those that people have."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -123,10 +124,15 @@ def data_sheet(name: str) -> DataSheet | None:
     return DATA_SHEETS.get(name.lower()) or by_name.get(name)
 
 
+def default_device() -> Any:
+    """The device that jax computes on by default, as jax has it."""
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return chosen or jax.devices()[0]
+
+
 def this_device() -> Device | None:
     """The NVIDIA GPU that jax computes on by default; None if it computes elsewhere."""
-    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    device = chosen or jax.devices()[0]
+    device = default_device()
     if not isinstance(device, jax.Device) or device.platform not in ("gpu", "cuda"):
         return None
     capability = str(getattr(device, "compute_capability", ""))

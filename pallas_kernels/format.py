@@ -26,6 +26,7 @@ position of a byte is in its lowest bits.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -244,8 +245,8 @@ def pad(compressed: NMCompressed, rows: int, k: int) -> NMCompressed:
       rows: The multiple for the rows of the values, itself a multiple of 16.
       k: The multiple for the group axis, itself a multiple of 64.
     """
-    values = _pad(compressed.values, (rows, k // 2), 0)
-    metadata = _pad(compressed.metadata, (rows // 2, k // 16), _WORD_OF_PADDING)
+    values = pad_to(compressed.values, (rows, k // 2))
+    metadata = pad_to(compressed.metadata, (rows // 2, k // 16), _WORD_OF_PADDING)
     return dataclasses.replace(compressed, values=values, metadata=metadata)
 
 
@@ -268,7 +269,7 @@ def pack(places: jax.Array, pattern: tuple[int, int]) -> jax.Array:
         return words_of_nibbles(places[..., 0] | (places[..., 1] << 2))
     bits = _bits(pattern)
     places = places.reshape(*places.shape[:-2], -1)  # (..., rows, kept)
-    places = _pad(places, (1, 8 // bits), 0)
+    places = pad_to(places, (1, 8 // bits))
     places = places.reshape(*places.shape[:-1], -1, 8 // bits)
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
     return (places << shifts).sum(-1, dtype=jnp.uint8)
@@ -284,7 +285,7 @@ def words_of_nibbles(nibbles: jax.Array) -> jax.Array:
       The words of this module's docstring; R is rows rounded up to 16, C is k/4
       rounded up to 16.
     """
-    nibbles = _pad(nibbles, (16, 16), _NIBBLE_OF_PADDING).astype(jnp.uint32)
+    nibbles = pad_to(nibbles, (16, 16), _NIBBLE_OF_PADDING).astype(jnp.uint32)
     *batch, rows, groups = nibbles.shape
     shifts = jnp.arange(0, 16, 4, dtype=jnp.uint32)
     halves = nibbles.reshape(*batch, rows, groups // 4, 4) << shifts
@@ -351,12 +352,12 @@ def _group_columns(x: Any, m: int, axis: int) -> list[Any]:
     return [groups[..., j, :] for j in range(m)]  # (..., groups, rows)
 
 
-def _pad(x: jax.Array, multiples: tuple[int, int], value: int) -> jax.Array:
-    """Rounds the last two axes up to multiples."""
-    after = [
-        -size % multiple for size, multiple in zip(x.shape[-2:], multiples, strict=True)
-    ]
+def pad_to(x: jax.Array, multiples: Sequence[int], value: int = 0) -> jax.Array:
+    """Rounds the last axes of an array up to multiples, one for each."""
+    first = x.ndim - len(multiples)
+    sizes = zip(x.shape[first:], multiples, strict=True)
+    after = [-size % multiple for size, multiple in sizes]
     if not any(after):
         return x
-    widths = [(0, 0)] * (x.ndim - 2) + [(0, pad) for pad in after]
+    widths = [(0, 0)] * first + [(0, pad) for pad in after]
     return jnp.pad(x, widths, constant_values=value)

@@ -41,7 +41,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ptx, reference
 from pallas_kernels.config import SM100Config, heuristic_sm100
-from pallas_kernels.format import NMCompressed, decompress, pad
+from pallas_kernels.format import NMCompressed, decompress, pad, pad_to
 from pallas_kernels.reference import ACTIVATIONS, Form
 
 # The first jax whose tcgen05_mma takes metadata and whose interpreter has tcgen05.
@@ -143,15 +143,15 @@ def _gemm(
     # Of the padded matrix the metadata, which have to be legal beyond the edge too; XLA
     # drops the rest.
     operands = [
-        _whole_swizzles(values, scratch["values_smem"]),
+        ptx.whole_tiles(values, scratch["values_smem"]),
         metadata_squares(padded.metadata),
-        _whole_swizzles(b, scratch["b_smem"]),
+        ptx.whole_tiles(b, scratch["b_smem"]),
     ]
     if bias is not None:
         block = block_m if form.bias_along_m else block_n
-        operands.append(jnp.pad(bias.astype(jnp.float32), (0, -bias.size % block)))
+        operands.append(pad_to(bias.astype(jnp.float32), (block,)))
     out = jax.ShapeDtypeStruct((n, m) if form.out_is_nm else (m, n), form.out_dtype)
-    whole = functools.partial(_whole_swizzles, smem=scratch["out_smem"])
+    whole = functools.partial(ptx.whole_tiles, smem=scratch["out_smem"])
     tiles = (padded.shape[0] // block_m, -(-n // block_n))
     steps = padded.shape[1] // block_k
     run = ptx.kernel(
@@ -166,16 +166,6 @@ def _gemm(
         scratch_types=scratch,
     )
     return run(*operands)[: out.shape[0], : out.shape[1]]
-
-
-def _whole_swizzles(x: jax.Array, smem: Any) -> jax.Array:
-    """Pads a matrix to whole tiles of its copy in shared memory: 8 rows of 128 bytes.
-
-    TMA reads zeros beyond them, and writes nothing.
-    """
-    tiling, _ = smem.transforms
-    sizes = zip(x.shape, tiling.tiling, strict=True)
-    return jnp.pad(x, [(0, -size % multiple) for size, multiple in sizes])
 
 
 def _scratch(

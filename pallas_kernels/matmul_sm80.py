@@ -38,7 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mma, ptx, reference
 from pallas_kernels.config import SM80Config, heuristic_sm80, shared_memory_limit
-from pallas_kernels.format import NMCompressed, pad
+from pallas_kernels.format import NMCompressed, pad, pad_to
 from pallas_kernels.reference import ACTIVATIONS, Form
 
 # Tiles that run at the same time share operands in L2 where they form a square: rows
@@ -108,11 +108,11 @@ def _gemm(a, b, bias, *, form: Form, config: SM80Config, interpret: Any) -> jax.
     m, n = a.shape[0], b.shape[1 if form.b_is_kn else 0]
     a = pad(a, config.block_m, config.block_k)
     b_block = (config.block_n, config.block_k)
-    b = _pad(b, b_block[::-1] if form.b_is_kn else b_block)
+    b = pad_to(b, b_block[::-1] if form.b_is_kn else b_block)
     operands = [a.values, a.metadata, b]
     if bias is not None:
         block = config.block_m if form.bias_along_m else config.block_n
-        operands.append(_pad(bias.astype(jnp.float32), (block,)))
+        operands.append(pad_to(bias.astype(jnp.float32), (block,)))
     tiles = (-(-m // config.block_m), -(-n // config.block_n))
     shape = (tiles[0] * config.block_m, tiles[1] * config.block_n)
     out = ptx.kernel(
@@ -126,13 +126,6 @@ def _gemm(a, b, bias, *, form: Form, config: SM80Config, interpret: Any) -> jax.
         grid_names=("tile",),
     )(*operands)
     return out[:n, :m] if form.out_is_nm else out[:m, :n]
-
-
-def _pad(x: jax.Array, block: tuple[int, ...]) -> jax.Array:
-    after = [
-        (0, -size % multiple) for size, multiple in zip(x.shape, block, strict=True)
-    ]
-    return jnp.pad(x, after)
 
 
 def _body(values_gmem, words_gmem, b_gmem, *rest, config, form, tiles):

@@ -39,7 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ptx, reference, wgmma
 from pallas_kernels.config import SM90Config, heuristic_sm90
-from pallas_kernels.format import NMCompressed, pad
+from pallas_kernels.format import NMCompressed, pad, pad_to
 from pallas_kernels.reference import ACTIVATIONS, Form
 
 _COPYING = 2  # the warpgroup that does not multiply
@@ -127,11 +127,11 @@ def _gemm(a, b, bias, form: Form, config: SM90Config, clusters: int, interpret):
     else:
         # Of the padded matrix the metadata, which have to be legal beyond the edge too;
         # XLA drops what is not used.
-        values, metadata = _whole_tiles(a.values, a_smem[0]), padded.metadata
-    operands = [values, metadata, _whole_tiles(b, b_smem)]
+        values, metadata = ptx.whole_tiles(a.values, a_smem[0]), padded.metadata
+    operands = [values, metadata, ptx.whole_tiles(b, b_smem)]
     if bias is not None:
         multiple = padded.shape[0] if form.bias_along_m else config.block_n
-        operands.append(_pad_to(bias.astype(jnp.float32), (multiple,)))
+        operands.append(pad_to(bias.astype(jnp.float32), (multiple,)))
     out = jax.ShapeDtypeStruct((n, m) if form.out_is_nm else (m, n), form.out_dtype)
     tiles = (
         padded.shape[0] // config.block_m // config.cluster_m,
@@ -148,7 +148,7 @@ def _gemm(a, b, bias, form: Form, config: SM90Config, clusters: int, interpret):
         name=f"nm_matmul_sm90_{config.a_from}",
         interpret=interpret,
         out_type=jax.eval_shape(
-            functools.partial(_whole_tiles, smem=scratch["d_smem"]), out
+            functools.partial(ptx.whole_tiles, smem=scratch["d_smem"]), out
         ),
         scratch_types=scratch,
         grid=(min(clusters, tiles[0] * tiles[1]),),
@@ -372,15 +372,3 @@ def _kernel(
         }[config.a_from]
         for_tiles(lambda row, column, first: write(multiply(row, first), row, column))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _whole_tiles(x: jax.Array, smem: Any) -> jax.Array:
-    """Pads a matrix to whole tiles of the shared memory that it is copied through."""
-    tiling, _ = smem.transforms
-    return _pad_to(x, tiling.tiling)
-
-
-def _pad_to(x: jax.Array, multiples: tuple[int, ...]) -> jax.Array:
-    """Zeros at the end of each axis, up to a multiple."""
-    sizes = zip(x.shape, multiples, strict=True)
-    return jnp.pad(x, [(0, -size % multiple) for size, multiple in sizes])

@@ -33,30 +33,24 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
+from pallas_kernels.devices import default_device, this_device
+from pallas_kernels.format import pad_to
+
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
 
 # Mosaic lowers for Ampere (cp.async, no elect.sync) from this version on.
 AMPERE_SINCE = (0, 11, 1)
 
 
-def _device() -> Any:
-    """The device that jax runs on by default."""
-    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    return chosen or jax.devices()[0]
-
-
 def capability() -> tuple[int, int] | None:
     """Compute capability of the device that jax runs on by default; None if no GPU."""
-    device = _device()
-    if not isinstance(device, jax.Device) or device.platform not in ("gpu", "cuda"):
-        return None
-    major, minor = device.compute_capability.split(".")
-    return int(major), int(minor)
+    device = this_device()
+    return device.capability if device else None
 
 
 def multiprocessors() -> int:
     """Multiprocessors of the device that jax runs on by default."""
-    return _device().core_count
+    return default_device().core_count
 
 
 # Whether the kernel that is being traced will be interpreted.
@@ -231,6 +225,15 @@ def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
     swizzle = plgpu.find_swizzle(columns * bits)
     tile = (8, 8 * swizzle // bits)
     return plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle)
+
+
+def whole_tiles(x: jax.Array, smem: Any) -> jax.Array:
+    """Pads a matrix to whole tiles of its copy in shared memory: 8 rows of 128 bytes.
+
+    TMA reads zeros beyond them, and writes nothing.
+    """
+    tiling, _ = smem.transforms
+    return pad_to(x, tiling.tiling)
 
 
 def scalars(registers: Any) -> list:

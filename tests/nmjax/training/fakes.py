@@ -112,3 +112,17 @@ class Net(nn.Module):
         x = nn.relu(x).reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(16, kernel_init=numpy_init, name="fc")(x))
         return nn.Dense(self.num_classes, kernel_init=numpy_init, name="head")(x)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(step):
+    """For `FakeData`: a crash where the batch of this step is asked for."""
+
+    def at_step(number):
+        if number == step:
+            raise Crash
+
+    return at_step

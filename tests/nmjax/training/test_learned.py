@@ -20,7 +20,14 @@ from nmjax.training.state import (
     make_phases,
     new_train_state,
 )
-from tests.nmjax.training.fakes import FakeData, Net, config, numpy_init
+from tests.nmjax.training.fakes import (
+    Crash,
+    FakeData,
+    Net,
+    config,
+    crash_at,
+    numpy_init,
+)
 
 DATA = FakeData()
 LEARNED = nmjax.recipes.learned(
@@ -39,18 +46,6 @@ class Mlp(nn.Module):
         for name in ("stem", "conv", "fc"):
             x = nn.relu(nn.Dense(8, kernel_init=numpy_init, name=name)(x))
         return nn.Dense(10, kernel_init=numpy_init, name="head")(x)
-
-
-class Crash(Exception):
-    pass
-
-
-def crash_at(step):
-    def at_step(number):
-        if number == step:
-            raise Crash
-
-    return at_step
 
 
 def run(run_dir, data=None):

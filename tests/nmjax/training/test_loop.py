@@ -24,22 +24,10 @@ from nmjax.training import (
 )
 from nmjax.training.checkpoint import list_steps
 from nmjax.training.restoring import verify
-from tests.nmjax.training.fakes import RULES, FakeData, Net, config
+from tests.nmjax.training.fakes import RULES, Crash, FakeData, Net, config, crash_at
 
 TIMING = "images_per_second"
 PHASES = {"dense_epochs": 1, "freeze_epochs": 1}
-
-
-class Crash(Exception):
-    pass
-
-
-def crash_at(step):
-    def at_step(number):
-        if number == step:
-            raise Crash
-
-    return at_step
 
 
 def signal_at(step, signum=signal.SIGTERM):

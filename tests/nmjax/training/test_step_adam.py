@@ -16,7 +16,7 @@ from nmjax.training.state import (
     make_phases,
     make_schedule,
 )
-from tests.nmjax.training.fakes import FakeData, config, numpy_init
+from tests.nmjax.training.fakes import Crash, FakeData, config, crash_at, numpy_init
 
 DATA = FakeData()
 STEP = nmjax.recipes.step("2:4", dense_until=0.5)
@@ -30,18 +30,6 @@ class Mlp(nn.Module):
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(8, kernel_init=numpy_init, name="fc")(x))
         return nn.Dense(10, kernel_init=numpy_init, name="head")(x)
-
-
-class Crash(Exception):
-    pass
-
-
-def crash_at(step):
-    def at_step(number):
-        if number == step:
-            raise Crash
-
-    return at_step
 
 
 def run(run_dir, data=None):
