@@ -241,6 +241,7 @@ def test_figures_from_metrics_with_empty_cells(tmp_path):
 @pytest.mark.timeout(1800)  # a minute or two, unless the machine is shared
 def test_the_whole_comparison(tmp_path, capsys):
     folder = tmp_path / "digits"
+    jit_train_step.cache_clear()  # of the tests that ran before in this process
     assert imagenet.main(["--output-dir", str(folder)]) == 0
     printed = capsys.readouterr().out
 
