@@ -71,13 +71,13 @@ def check(params: Any, plan: Plan, state: NMState | None = None) -> None:
         judged: their weights are dense.
     """
     weights = {path: np.asarray(w) for path, w in _arrays(params).items()}
-    masks = _masks(state)
+    masks, orders = _masks(state), state_leaves(state or {}, "output_order")
     problems = [
         Problem(path, "stranger", "has a mask, but the plan does not mask it")
         for path in sorted(state_paths(state or {}) - {e.path for e in plan.masked})
     ]
     for entry in plan.sparse:
-        problems += _judge(entry, weights.get(entry.path), masks)
+        problems += _judge(entry, weights.get(entry.path), masks, orders)
     if problems:
         raise CheckError(problems)
 
@@ -95,7 +95,7 @@ def _masks(state: NMState | None) -> dict[str, dict[str, np.ndarray]]:
     return masks
 
 
-def _judge(entry: PlanEntry, w, masks) -> list[Problem]:
+def _judge(entry: PlanEntry, w, masks, orders) -> list[Problem]:
     path, sparsity = entry.path, Sparsity.of(entry)
     if w is None:
         return [Problem(path, "missing", "is in the plan, not in the parameters")]
@@ -112,20 +112,39 @@ def _judge(entry: PlanEntry, w, masks) -> list[Problem]:
     given = masks.get(path, {})
     if "mask" not in given and (masks or recipe.keeps_mask or learned):
         return [Problem(path, "missing", "the state has no mask for it")]
-    own = {} if recipe.keeps_mask or learned else _choose(sparsity, w)
+    if recipe.reorder and path not in orders:
+        return [Problem(path, "missing", "the state has no output_order for it")]
+    order = {"output_order": orders[path]} if path in orders else {}
+    own = {} if recipe.keeps_mask or learned else _choose(sparsity, w, order)
     judged = given or own
-    for name in ("mask", *(["mask_dgrad"] * (recipe.dgrad == "weight-own-mask"))):
+    for name in ("mask", *(["mask_dgrad"] * recipe.masks_dgrad)):
         if name not in judged:
             return [Problem(path, "missing", f"the state has no {name} for it")]
-        axes = (sparsity.out_axis,) if name == "mask_dgrad" else _mask_axes(sparsity)
-        problem = _judge_mask(entry, w, judged[name], own.get(name), axes)
-        if problem is not None:
-            return [problem]
-    return []
+    mask, axes = judged["mask"], _mask_axes(sparsity)
+    problem = _judge_mask(entry, w, mask, own.get("mask"), axes)
+    if problem is None and recipe.masks_dgrad:
+        problem = _judge_mask_dgrad(entry, w, judged, own.get("mask_dgrad"), order)
+    return [] if problem is None else [problem]
 
 
-def _choose(sparsity: Sparsity, w) -> dict[str, np.ndarray]:
-    return {n: np.asarray(mask) for n, mask in sparsity.choose_masks(w).items()}
+def _choose(sparsity: Sparsity, w, order) -> dict[str, np.ndarray]:
+    return {n: np.asarray(mask) for n, mask in sparsity.choose_masks(w, order).items()}
+
+
+def _judge_mask_dgrad(entry: PlanEntry, w, judged, own, order) -> Problem | None:
+    """What is wrong with dgrad's own mask."""
+    sparsity, mask = Sparsity.of(entry), judged["mask_dgrad"]
+    twice = sparsity.recipe.dgrad == "weight-masked-twice"
+    if twice and mask.shape == w.shape and (mask & ~judged["mask"]).any():
+        at = tuple(int(i) for i in np.argwhere(mask & ~judged["mask"])[0])
+        detail = f"mask_dgrad keeps weights that mask drops, the first at {at}"
+        return Problem(entry.path, "pattern", detail)
+    axis = sparsity.out_axis
+    if order and mask.shape == w.shape:
+        order = np.asarray(order["output_order"])
+        w, mask = (np.take_along_axis(a, order, axis) for a in (w, mask))
+        own = None if own is None else np.take_along_axis(own, order, axis)
+    return _judge_mask(entry, w, mask, own, (axis,), fewer=twice)
 
 
 def _mask_axes(sparsity: Sparsity) -> tuple[int, ...]:
@@ -134,15 +153,18 @@ def _mask_axes(sparsity: Sparsity) -> tuple[int, ...]:
     return (sparsity.axis, sparsity.out_axis) if both else (sparsity.axis,)
 
 
-def _judge_mask(entry: PlanEntry, w, mask, own, axes) -> Problem | None:
-    """What is wrong with one mask; `own` is that of the weights, if it must be."""
+def _judge_mask(entry: PlanEntry, w, mask, own, axes, fewer=False) -> Problem | None:
+    """What is wrong with one mask; `own` is that of the weights, if it must be.
+
+    Masks by tiles, and with `fewer` all, may keep less than n of a group.
+    """
     sparsity = Sparsity.of(entry)
     if mask.shape != entry.shape or mask.dtype != bool:
         detail = f"weight {entry.shape}, mask {mask.shape} of dtype {mask.dtype}"
         return Problem(entry.path, "shape", detail)
     for axis in axes:
         along = dataclasses.replace(sparsity, axis=axis)
-        wrong = _wrong_groups(mask, along)
+        wrong = _wrong_groups(mask, along, fewer)
         if wrong.any():
             return _not_nm(entry, w, mask, wrong, axis)
     if own is not None and (mask != own).any():
@@ -164,13 +186,15 @@ def _groups(array: np.ndarray, sparsity: Sparsity) -> np.ndarray:
     return rows[..., :full].reshape(*rows.shape[:-1], full // m, m)
 
 
-def _wrong_groups(mask: np.ndarray, sparsity: Sparsity) -> np.ndarray:
+def _wrong_groups(
+    mask: np.ndarray, sparsity: Sparsity, fewer: bool = False
+) -> np.ndarray:
     """(..., number of groups): where the number kept is not n, tails included.
 
     Masks by tiles may keep fewer: the greedy algorithms leave a tile at 7 of 8.
     """
     pattern, kept = sparsity.pattern, _groups(mask, sparsity).sum(-1)
-    fewer = sparsity.recipe.mask == "tile"
+    fewer = fewer or sparsity.recipe.mask == "tile"
     wrong = kept > pattern.n if fewer else kept != pattern.n
     tail = mask.shape[sparsity.axis] % pattern.m
     if tail:
@@ -248,7 +272,7 @@ def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
       axes, recipe, density, whether N:M holds, or the reason it is dense; then totals.
     """
     weights = _arrays(params)
-    masks = _masks(state)
+    masks, orders = _masks(state), state_leaves(state or {}, "output_order")
     rows = [("path", "layer", "shape", "axes", "recipe", "density", "N:M")]
     kept = total = present = 0
     for entry in plan:
@@ -259,7 +283,8 @@ def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
             recipe = f"{sparsity.recipe.name} {sparsity.pattern}"
             density, verdict = _density(entry), "not judged"
             if w is None or hasattr(w, "__array__"):
-                problems = _judge(entry, None if w is None else np.asarray(w), masks)
+                w = None if w is None else np.asarray(w)
+                problems = _judge(entry, w, masks, orders)
                 verdict = f"no: {problems[0].kind}" if problems else "yes"
             if not entry.masks_weight and verdict == "yes":
                 verdict = f"W dense: {_sparse_operands(sparsity.recipe)} is N:M"

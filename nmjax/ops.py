@@ -11,7 +11,7 @@ mask and decaying dropped weights are not the business of this file. What a reci
 to the other operands is: with the (tokens, features) matrices of x and dy,
 
     fprop="activation"        y = gemm(E ⊙ x, w), dw = gemmᵀ(dy; E ⊙ x), dx as if E = 1
-    dgrad="weight-own-mask"   dx = gemmᵀ(dy; w_dgrad)
+    dgrad="weight-own-mask"   dx = gemmᵀ(dy; w_dgrad), as for "weight-masked-twice"
     wgrad="gradient"          dw = gemmᵀ(MVUE(dy); x), n of every m tokens of dy kept
     wgrad="activation-fixed"  dw = Σ x_kᵀ · Σ dy_t over the kept tokens k, and for each
                               the tokens t from k to the next kept one
@@ -77,6 +77,7 @@ def three_gemms(
     x: jax.Array,
     w: jax.Array,
     w_dgrad: jax.Array | None = None,
+    dgrad_order: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """`gemm(x, w)` with its two backward GEMMs explicit.
@@ -88,6 +89,7 @@ def three_gemms(
       x: Activations.
       w: Sparse weight, in the compute dtype.
       w_dgrad: The weight that dgrad reads in place of `w`, if it is another.
+      dgrad_order: The order of outputs in which that is N:M, int32; None = their own.
       key: PRNG key of the sampling in wgrad.
 
     Returns:
@@ -95,21 +97,22 @@ def three_gemms(
       `shard_map`, wgrad sums over the mesh axes that `x` varies over and `w` does
       not.
     """
-    return _fprop(gemm, recipe, no_key, x, w, w_dgrad, key)[0]
+    return _fprop(gemm, recipe, no_key, x, w, w_dgrad, dgrad_order, key)[0]
 
 
-def _fprop(gemm, recipe, no_key, x, w, w_dgrad, key):
+def _fprop(gemm, recipe, no_key, x, w, w_dgrad, dgrad_order, key):
     del no_key
     if recipe is not None and recipe.fprop == "activation":
         x = gemm.on_tokens(functools.partial(sparse_tiles, recipe.tile), x)
     y = on_tensor_core("fprop", gemm, recipe, x, w)
-    return gemm(x, w) if y is None else y, (x, w, w_dgrad, key)
+    y = gemm(x, w) if y is None else y
+    return y, (x, w, w_dgrad, dgrad_order, key)
 
 
 def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
-    x, w, w_dgrad, key = residuals
+    x, w, w_dgrad, dgrad_order, key = residuals
     w_read = w if w_dgrad is None else w_dgrad
-    dx = on_tensor_core("dgrad", gemm, recipe, x, w_read, dy)
+    dx = on_tensor_core("dgrad", gemm, recipe, x, w_read, dy, dgrad_order)
     if dx is None:
         (dx,) = jax.linear_transpose(lambda x: gemm(x, w_read), x)(dy)
     if recipe is not None and recipe.pattern is not None:
@@ -122,7 +125,7 @@ def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
     dw = on_tensor_core("wgrad", gemm, recipe, x, w, dy)
     if dw is None:
         (dw,) = jax.linear_transpose(lambda w: gemm(x, w), w)(dy)
-    return dx, dw, None, None
+    return dx, dw, None, None, None
 
 
 three_gemms.defvjp(_fprop, _dgrad_wgrad)
@@ -267,6 +270,7 @@ def nm_dot_general(
     *,
     recipe: Recipe | None = None,
     w_dgrad: jax.Array | None = None,
+    dgrad_order: jax.Array | None = None,
     key: jax.Array | None = None,
     no_key: str = "wgrad samples the output gradient and needs key=",
 ) -> jax.Array:
@@ -279,7 +283,9 @@ def nm_dot_general(
       precision: As in `lax.dot_general`.
       preferred_element_type: As in `lax.dot_general`.
       recipe: Says which operands besides `w` are sparse; None = none.
-      w_dgrad: The weight that dgrad reads, with `dgrad="weight-own-mask"`; else None.
+      w_dgrad: The weight that dgrad reads where the recipe masks it apart; else None.
+      dgrad_order: int32, (size of w's last axis,): the order of outputs in which
+        `w_dgrad` is N:M; None = as they are. No value depends on it.
       key: PRNG key, where `wgrad="gradient"`; the forward pass does without.
       no_key: The error's text where wgrad needs a key and there is none.
 
@@ -295,7 +301,7 @@ def nm_dot_general(
         (tuple(x_batch), tuple(w_batch)),
     )
     gemm = _Dot(numbers, precision, preferred_element_type)
-    statics, aux = (gemm, _operands(recipe), no_key), (w_dgrad, key)
+    statics, aux = (gemm, _operands(recipe), no_key), (w_dgrad, dgrad_order, key)
     return three_gemms(*statics, x, w, *aux)  # no jvp: use nmjax.densify(model)
 
 
@@ -317,7 +323,7 @@ def nm_einsum(
       w: Sparse weight, in the dtype of `x`.
       precision: As in `jnp.einsum`.
       preferred_element_type: As in `jnp.einsum`.
-      **aux: `recipe`, `w_dgrad`, `key`, `no_key` of `nm_dot_general`.
+      **aux: `recipe`, `w_dgrad`, `dgrad_order`, `key`, `no_key` of `nm_dot_general`.
 
     Returns:
       What `jnp.einsum` returns.
@@ -367,6 +373,7 @@ def nm_conv(
     preferred_element_type: Any = None,
     recipe: Recipe | None = None,
     w_dgrad: jax.Array | None = None,
+    dgrad_order: jax.Array | None = None,
     key: jax.Array | None = None,
     no_key: str = "wgrad samples the output gradient and needs key=",
 ) -> jax.Array:
@@ -390,6 +397,7 @@ def nm_conv(
       preferred_element_type: As in `lax.conv_general_dilated`.
       recipe: As in `nm_dot_general`, as the rest.
       w_dgrad: The weight that dgrad reads, or None.
+      dgrad_order: Its order of outputs, or None.
       key: PRNG key, or None.
       no_key: The error's text.
 
@@ -414,7 +422,7 @@ def nm_conv(
     recipe = _operands(recipe)
     if recipe is not None and recipe.fprop == "activation":
         return _conv_of_patches(gemm, x, w, recipe=recipe, key=key, no_key=no_key)
-    statics, aux = (gemm, recipe, no_key), (w_dgrad, key)
+    statics, aux = (gemm, recipe, no_key), (w_dgrad, dgrad_order, key)
     return three_gemms(*statics, x, w, *aux)  # no jvp: use nmjax.densify(model)
 
 

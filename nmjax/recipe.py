@@ -22,7 +22,7 @@ from nmjax.pattern import NMPattern
 from nmjax.schedule import Schedule
 
 Fprop = Literal["weight", "activation"]
-Dgrad = Literal["weight", "weight-own-mask"]
+Dgrad = Literal["weight", "weight-own-mask", "weight-masked-twice"]
 Wgrad = Literal["activation", "activation-fixed", "gradient"]
 Mask = Literal["magnitude", "transposable", "tile", "soft-threshold", "learned"]
 Gradient = Literal["straight-through", "masked", "none"]
@@ -50,8 +50,10 @@ class Recipe:
         whose gradient passes straight through.
       dgrad: The operand of `dx = dy · Wᵀ`: "weight" = fprop's masked weight, whose mask
         is N:M along the output axis too; "weight-own-mask" = W masked by magnitude
-        along the output axis, `dx = dy · (E' ⊙ W)ᵀ`. None = no N:M operand (fprop's
-        weight is still read: a mask along fprop's axis alone cannot speed dgrad up).
+        along the output axis, `dx = dy · (E' ⊙ W)ᵀ`; "weight-masked-twice" = fprop's
+        masked weight masked again so, `dx = dy · (E' ⊙ E ⊙ W)ᵀ`. None = no N:M operand
+        (fprop's weight is still read: a mask along fprop's axis alone cannot speed
+        dgrad up).
       wgrad: The operand of `dW = xᵀ · dy`: "activation" = fprop's masked x;
         "activation-fixed" = x at fixed tokens, and each token left out gives its dy to
         the kept one before it; "gradient" = dy, sampled to N:M along the tokens with
@@ -64,6 +66,9 @@ class Recipe:
       refresh: Optimizer steps between two choices of the mask of W: 1 = from the weight
         wherever it is used, nothing stored; k > 1 = by `nmjax.refresh` at every k-th
         step, stored in between; None = once, by `nmjax.init_state`, and kept.
+      reorder: Optimizer steps between two searches for the order of outputs in which
+        groups of "weight-masked-twice" run: the one in which E' drops least, kept in
+        the state; a multiple of `refresh`. None = as the weight is stored.
       gradient: "straight-through" = dropped weights receive the gradient of the masked
         weight; "masked" = they receive none; "none" = no weight receives any.
       multipliers: Factors (kept, dropped) on a straight-through gradient.
@@ -83,6 +88,7 @@ class Recipe:
     mask: Mask | None = None
     tile: str | None = None
     refresh: int | None = 1
+    reorder: int | None = None
     gradient: Gradient = "straight-through"
     multipliers: tuple[float, float] = (1.0, 1.0)
     decay: float = 0.0
@@ -92,12 +98,14 @@ class Recipe:
 
     def __post_init__(self):
         """Refuses values that no method has."""
-        refresh, decay = self.refresh, self.decay
-        if refresh is not None and (type(refresh) is not int or refresh < 1):
-            raise ValueError(
-                f"refresh must be a number of steps from 1 up, or None, got {refresh!r}"
-            )
-        _require_number("decay", decay)
+        for name in ("refresh", "reorder"):
+            steps = getattr(self, name)
+            if steps is not None and (type(steps) is not int or steps < 1):
+                raise ValueError(
+                    f"{name} must be a number of steps from 1 up, or None, got "
+                    f"{steps!r}"
+                )
+        _require_number("decay", self.decay)
         for field, words in _WORDS.items():
             if getattr(self, field) not in words:
                 raise ValueError(
@@ -126,10 +134,20 @@ class Recipe:
                 f'dgrad="weight" needs a mask that is N:M along both axes, '
                 f'"transposable" or "tile", got mask={self.mask!r}'
             )
-        if self.dgrad == "weight-own-mask" and self.mask != "magnitude":
+        if self.masks_dgrad and self.mask != "magnitude":
             return (
-                'dgrad="weight-own-mask" masks by magnitude along the output axis, and '
+                f"dgrad={self.dgrad!r} masks by magnitude along the output axis, and "
                 f'goes with mask="magnitude", got mask={self.mask!r}'
+            )
+        if self.reorder and self.dgrad != "weight-masked-twice":
+            return (
+                f'reorder={self.reorder} goes with dgrad="weight-masked-twice", got '
+                f"dgrad={self.dgrad!r}"
+            )
+        if self.reorder and self.refresh and self.reorder % self.refresh:
+            return (
+                f"reorder={self.reorder} is not a multiple of refresh={self.refresh}: "
+                "masks are chosen anew where the order changes"
             )
         if (self.wgrad in ("activation", "activation-fixed")) and (
             (self.wgrad == "activation") != (self.fprop == "activation")
@@ -206,13 +224,14 @@ class Recipe:
         return self.dgrad is not None or self.mask_on_both_axes
 
     @property
+    def masks_dgrad(self) -> bool:
+        """Whether dgrad reads a weight under a mask that is not fprop's."""
+        return self.dgrad in ("weight-own-mask", "weight-masked-twice")
+
+    @property
     def needs_op(self) -> bool:
         """Whether it asks more of a layer than to read a masked weight."""
-        return (
-            self.fprop == "activation"
-            or self.dgrad == "weight-own-mask"
-            or self.wgrad is not None
-        )
+        return self.fprop == "activation" or self.masks_dgrad or self.wgrad is not None
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -221,10 +240,10 @@ class Recipe:
             return ("scale",)
         if self.mask == "learned":
             return ("temperature",)
+        names = ("output_order",) if self.reorder else ()
         if self.mask is None or self.refresh == 1:
-            return ()
-        own = self.dgrad == "weight-own-mask"
-        return ("mask", "mask_dgrad") if own else ("mask",)
+            return names
+        return ("mask", "mask_dgrad", *names) if self.masks_dgrad else ("mask",)
 
     @property
     def needs_state(self) -> bool:

@@ -120,28 +120,43 @@ def transposable(
 
 
 def bi_mask(
-    pattern: Pattern, *, refresh: int = 1, schedule: Schedule = _ALWAYS
+    pattern: Pattern,
+    *,
+    decay: float = 2e-4,
+    decay_in: DecayIn = "op",
+    refresh: int = 1,
+    reorder: int | None = 100,
+    schedule: Schedule = _ALWAYS,
 ) -> Recipe:
     """A second mask for dgrad (Bi-Mask, arXiv:2302.06058).
 
-        y = x · (E ⊙ W)        dx = dy · (E' ⊙ W)ᵀ        dW = xᵀ · dy
+        y = x · (E ⊙ W)      dx = dy · (E' ⊙ E ⊙ W)ᵀ      dW = xᵀ · dy + λ (1 − E) ⊙ W
 
-    E keeps the n largest magnitudes of every m along the input axis, E' along the
-    output axis. (The paper also permutes rows of W to bring E' closer to E; this
-    recipe does not.)
+    E keeps the n largest magnitudes of every m of W along the input axis, E' those of
+    E ⊙ W along the output axis. dgrad sums over the outputs, so that their groups may
+    be formed in any order: the one in which E' drops least, of the order in force and
+    100 random ones.
 
     Args:
       pattern: n kept of every m.
+      decay: λ as in `sr_ste`, which is part of the authors' code.
+      decay_in: As in `sr_ste`.
       refresh: Optimizer steps between two choices of the masks.
+      reorder: Optimizer steps between two searches for the order, a multiple of
+        `refresh`; the order lives in the state, and the training loop calls
+        `nmjax.refresh`. None = groups of outputs as they are stored, no state.
       schedule: When the recipe acts.
     """
     return Recipe(
         "bi_mask",
         NMPattern(pattern),
         fprop="weight",
-        dgrad="weight-own-mask",
+        dgrad="weight-masked-twice",
         mask="magnitude",
         refresh=refresh,
+        reorder=reorder,
+        decay=decay,
+        decay_in=decay_in,
         schedule=schedule,
     )
 
@@ -153,7 +168,8 @@ def fst(
 
         y = x · (E ⊙ W)        dx = dy · (E' ⊙ W)ᵀ        dW = Σ_k x_kᵀ · Σ_{t → k} dy_t
 
-    fprop and dgrad as in `bi_mask`. In wgrad n of every m tokens are kept at fixed
+    E' keeps the largest magnitudes of W along the output axis, chosen apart from E.
+    In wgrad n of every m tokens are kept at fixed
     places, and the dy of a token t that is left out joins that of the kept one k
     before it, to which spatial neighbours are similar (information restoration). Where
     the x of such tokens are equal dW is exact. This GEMM contracts half the tokens for

@@ -55,10 +55,11 @@ class SparseKernel:
     def aux(self) -> dict[str, Any]:
         """What the three GEMMs need besides: keyword arguments of `nmjax.ops`."""
         w_dgrad = self.sparsity.apply_dgrad(self.value, self.entry)
-        key = self.entry.get("key")
+        order, key = self.entry.get("output_order"), self.entry.get("key")
         return {
             "recipe": self.sparsity.recipe,
             "w_dgrad": None if w_dgrad is None else w_dgrad.astype(self.dtype),
+            "dgrad_order": None if order is None else order.ravel(),
             "key": None if key is None else key.reshape(-1)[0],
             "no_key": f"{self.sparsity.path}: {NO_KEY}",
         }
@@ -97,7 +98,7 @@ class KernelBox(meta.AxisMetadata):
         entry = dict(self.entry)
         if "logits" in entry:
             entry["logits"] = self.sparsity.unflat_logits(entry["logits"])
-        return SparseKernel(self.value, entry, self.sparsity)
+        return SparseKernel(self.value, entry, self.sparsity.in_layer())
 
     def replace_boxed(self, val: Any) -> "KernelBox":
         """The same box around another value."""

@@ -40,6 +40,7 @@ def on_tensor_core(
     x: jax.Array,
     w: jax.Array,
     dy: Any = None,
+    order: jax.Array | None = None,
 ) -> jax.Array | None:
     """y, dx or dW of a layer; None where its GEMM is to be dense.
 
@@ -50,6 +51,7 @@ def on_tensor_core(
       x: Activations, masked where the recipe masks them.
       w: Weight that the GEMM reads, masked.
       dy: Gradient of y; for wgrad as it was sampled.
+      order: Of the outputs, the last axis of w and dy, in which dgrad's w is 2:4.
 
     Returns:
       y, or dx and dW of the shapes of x and w; inside `shard_map` summed over the mesh
@@ -57,6 +59,8 @@ def on_tensor_core(
     """
     if recipe is None or not may_run_on_tensor_core(recipe):
         return None
+    if order is not None:
+        w, dy = (jnp.take(a, order, axis=-1) for a in (w, dy))
     matrices = gemm.matrices(x, w)
     operand = getattr(recipe, name)
     if matrices is None or operand in (None, "activation-fixed"):

@@ -7,20 +7,24 @@ What a recipe keeps for one weight is a dictionary of arrays, its *entry* of the
 
     mask         bool, the shape of the weight
     mask_dgrad   bool, the shape of the weight: dgrad's own mask
+    output_order of the outputs, in which groups of mask_dgrad run: int32, with the
+                 size of the weight along its output axis
     scale        β of a soft threshold, float32
     temperature  τ of a learned mask, float32
     flip_rate    share of the mask's bits that its last refresh changed, float32
     logits       of a learned mask (trained: a tree of its own, see `init_logits`)
     key          random bits of one call (never stored)
 
-A number has the rank of the weight, with size 1 along every axis but those that a scan
-or vmap of the model stacks: such a transformation slices it as it slices the weight.
+Numbers have the rank of the weight, with size 1 along every other axis but those that a
+scan or vmap of the model stacks: such a transformation slices them as it slices the
+weight.
 """
 
 import dataclasses
 import functools
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import jax
@@ -29,12 +33,14 @@ import jax.numpy as jnp
 from nmjax import estimators, masks
 from nmjax.masks import Ragged, magnitude_mask
 from nmjax.masks.learned import best_mask, init_logits, patterns, sample_mask
+from nmjax.masks.output_order import mask_in_order, search_output_order
 from nmjax.pattern import NMPattern
 from nmjax.planning import PlanEntry
 from nmjax.recipe import Recipe
 
 Entry = Mapping[str, jax.Array]
 MASKS = ("mask", "mask_dgrad")
+NUMBERS = ("output_order", "scale", "temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +82,10 @@ class Sparsity:
             entry.stacked,
         )
 
+    def in_layer(self) -> "Sparsity":
+        """The facts inside the layer, where scan and vmap have taken their axes."""
+        return dataclasses.replace(self, stacked=())
+
     @property
     def pattern(self) -> NMPattern:
         """The recipe's pattern."""
@@ -105,8 +115,10 @@ class Sparsity:
         """The entry that the recipe keeps for `w`, chosen anew."""
         recipe, names = self.recipe, self.recipe.state_names
         entry: dict[str, jax.Array] = {}
+        if "output_order" in names:
+            entry["output_order"] = self.search_order(w, self._stored_order(w), 0)
         if recipe.keeps_mask:
-            entry |= self.choose_masks(w)
+            entry |= self.choose_masks(w, entry)
             if recipe.refresh is not None:
                 entry["flip_rate"] = jnp.zeros((), jnp.float32)
         if "scale" in names:
@@ -131,16 +143,58 @@ class Sparsity:
             raise ValueError(f"{self.path}: {self.recipe.name!r} has no temperature")
         return jnp.full(self.number_shape(shape), schedule(step), jnp.float32)
 
-    def choose_masks(self, w: jax.Array) -> dict[str, jax.Array]:
-        """Every mask that the GEMMs read of `w` as stored, by name."""
+    def choose_masks(self, w: jax.Array, entry: Entry) -> dict[str, jax.Array]:
+        """Every mask that the GEMMs read of `w` as stored, by name.
+
+        Raises:
+          ValueError: The recipe keeps an order of outputs and `entry` has none.
+        """
         chosen = {"mask": self.choose_mask(w)}
-        if self.recipe.dgrad == "weight-own-mask":
-            chosen["mask_dgrad"] = self.choose_mask_dgrad(w)
+        if self.recipe.masks_dgrad:
+            chosen["mask_dgrad"] = self.choose_mask_dgrad(w, entry)
         return chosen
 
-    def choose_mask_dgrad(self, w: jax.Array) -> jax.Array:
-        """The mask of dgrad alone, along the output axis."""
-        return magnitude_mask(w, self.pattern, axis=self.out_axis)
+    def choose_mask_dgrad(self, w: jax.Array, entry: Entry) -> jax.Array:
+        """The mask of dgrad alone, along the output axis; raises as `choose_masks`."""
+        if self.recipe.dgrad == "weight-own-mask":
+            return magnitude_mask(w, self.pattern, axis=self.out_axis)
+        if self.recipe.reorder and "output_order" not in entry:
+            raise ValueError(self._missing("output_order"))
+        order = entry.get("output_order", self._stored_order(w))
+        choose = lambda w, mask, order: mask_in_order(  # noqa: E731
+            w, mask, self.pattern, order
+        )
+        return self._by_output(choose, order, w, self.choose_mask(w))
+
+    def search_order(
+        self, w: jax.Array, order: jax.Array, step: int | jax.Array
+    ) -> jax.Array:
+        """An order of outputs in which dgrad's mask drops less of `w`, or the same."""
+        key = jax.random.fold_in(self.own_key(jax.random.key(0)), step)
+        search = lambda mask, order: search_output_order(  # noqa: E731
+            mask, self.pattern, order, key
+        )
+        return self._by_output(search, order, self.choose_mask(w))
+
+    def _stored_order(self, w: jax.Array) -> jax.Array:
+        """The outputs in the order in which the weight has them."""
+        shape = list(self.number_shape(w.shape))
+        shape[self.out_axis] = w.shape[self.out_axis]
+        return jax.lax.broadcasted_iota(jnp.int32, shape, w.ndim + self.out_axis)
+
+    def _by_output(
+        self, function: Callable, order: jax.Array, *weights: jax.Array
+    ) -> jax.Array:
+        """`function` of (inputs, outputs) matrices and an order, for all stacked."""
+        stacked = len(self.stacked)
+        axes = (*self.stacked, self.out_axis)
+        places = (*range(stacked), order.ndim - 1)
+        order, *moved = (jnp.moveaxis(a, axes, places) for a in (order, *weights))
+        number, outputs = math.prod(order.shape[:stacked]), order.shape[-1]
+        matrices = (w.reshape(number, -1, outputs) for w in moved)
+        made = jax.vmap(function)(*matrices, order.reshape(number, outputs))
+        like = order if made.ndim == 2 else moved[0]
+        return jnp.moveaxis(made.reshape(like.shape), places, axes)
 
     def choose_mask(self, w: jax.Array) -> jax.Array:
         """The mask that fprop reads of `w`: bool, its shape, True = kept.
@@ -187,7 +241,7 @@ class Sparsity:
                     f"a weight of shape {w.shape}; make it anew with nmjax.init_state"
                 )
         if "mask" in stored:
-            if self.recipe.dgrad == "weight-own-mask" and "mask_dgrad" not in stored:
+            if self.recipe.masks_dgrad and "mask_dgrad" not in stored:
                 raise ValueError(self._missing("mask_dgrad"))
             return stored
         if self.recipe.keeps_mask:
@@ -195,7 +249,7 @@ class Sparsity:
         if "logits" in entry and self.recipe.mask == "learned":
             logits = entry["logits"]
             return {"mask": best_mask(logits, self.pattern, axis=self.axis)}
-        return self.choose_masks(w)
+        return self.choose_masks(w, entry)
 
     def mask(self, w: jax.Array, entry: Entry) -> jax.Array:
         """The mask that fprop reads of `w`; raises as `masks`."""
@@ -241,11 +295,12 @@ class Sparsity:
 
     def apply_dgrad(self, w: jax.Array, entry: Entry) -> jax.Array | None:
         """The weight of dgrad where it is not fprop's: a constant, or None."""
-        if self.recipe.dgrad != "weight-own-mask":
+        if not self.recipe.masks_dgrad:
             return None
-        w, new = jax.lax.stop_gradient(w), self._chooses(entry)
-        mask = self.choose_mask_dgrad(w) if new else self.masks(w, entry)["mask_dgrad"]
-        return estimators.masked(w, mask)
+        w = jax.lax.stop_gradient(w)
+        if self._chooses(entry):
+            return estimators.masked(w, self.choose_mask_dgrad(w, entry))
+        return estimators.masked(w, self.masks(w, entry)["mask_dgrad"])
 
     def _apply_learned(self, w: jax.Array, entry: Entry) -> jax.Array:
         if self.recipe.gradient == "none":

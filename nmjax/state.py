@@ -22,6 +22,8 @@ from nmjax.sparsity import MASKS, Sparsity
 
 NMState = dict[str, Any]
 
+_READ = ("scale", "output_order")  # besides masks, by a layer or by `check`
+
 
 def init_state(params: Any, plan: Plan) -> NMState:
     """Chooses what recipes keep, such as masks, from the weights as stored.
@@ -99,7 +101,7 @@ def next_state(params: Any, plan: Plan, state: NMState, before: Plan) -> NMState
             and old.recipe.mask == recipe.mask
             and (old.axis, old.out_axis) == (sparsity.axis, sparsity.out_axis)
         )
-        kept = {"scale"} if recipe.refresh is not None else {"scale", *MASKS}
+        kept = {"scale"} if recipe.refresh is not None else {*_READ, *MASKS}
         if same:
             carried = known.get(path, {})
             entry |= {n: x for n, x in carried.items() if n in kept and n in entry}
@@ -130,12 +132,29 @@ def refresh(state: NMState, params: Any, plan: Plan, step: int | jax.Array) -> N
         if not sparsity.recipe.needs_state:
             continue
         entry = dict(stored.get(sparsity.path, {}))
+        if sparsity.recipe.reorder is not None:
+            entry |= _refresh_order(sparsity, w, entry, step)
         if sparsity.recipe.keeps_mask:
             entry |= _refresh_masks(sparsity, w, entry, step)
         if "temperature" in sparsity.recipe.state_names:
             entry["temperature"] = sparsity.temperature(step, w.shape)
         flat[sparsity.path] = entry
     return nest(flat)
+
+
+def _refresh_order(sparsity: Sparsity, w, entry, step) -> dict[str, jax.Array]:
+    name = "output_order"
+    if name not in entry:
+        raise ValueError(
+            f"{sparsity.path}: the state has no {name}; give the one from "
+            "nmjax.init_state"
+        )
+    interval = sparsity.recipe.reorder
+    if interval is None or sparsity.recipe.refresh is None:
+        return {}
+    due = jnp.asarray(step) % interval == 0
+    search = lambda w, order: sparsity.search_order(w, order, step)  # noqa: E731
+    return {name: jax.lax.cond(due, search, lambda w, order: order, w, entry[name])}
 
 
 def _refresh_masks(sparsity: Sparsity, w, entry, step) -> dict[str, jax.Array]:
@@ -148,7 +167,8 @@ def _refresh_masks(sparsity: Sparsity, w, entry, step) -> dict[str, jax.Array]:
             "this state cannot be: give the one from nmjax.init_state, not from prepare"
         )
     due = jnp.asarray(step) % interval == 0
-    new = jax.lax.cond(due, sparsity.choose_masks, lambda w: masks, w)
+    choose = lambda w: sparsity.choose_masks(w, entry)  # noqa: E731
+    new = jax.lax.cond(due, choose, lambda w: masks, w)
     rate = jnp.mean(new["mask"] != masks["mask"], dtype=jnp.float32)
     return {**new, "flip_rate": jnp.where(due, rate, entry["flip_rate"])}
 
@@ -169,7 +189,8 @@ def prepare(
 
     Returns:
       A state with an entry `{"mask": …}` for every masked parameter of the plan, and
-      what else the forward pass reads: dgrad's own mask, the scale of a soft threshold.
+      what else is read: dgrad's own mask and its order of outputs, the scale of a soft
+      threshold.
 
     Raises:
       ValueError: As `init_state`; or a recipe keeps something and `state` lacks it.
@@ -177,7 +198,7 @@ def prepare(
     return nest(
         {
             sparsity.path: {
-                **{n: x for n, x in entry.items() if n == "scale"},
+                **{n: x for n, x in entry.items() if n in _READ},
                 **sparsity.masks(w, entry),
             }
             for sparsity, w, entry in _masked_weights(params, plan, state, logits)

@@ -32,7 +32,7 @@ from nmjax.sparse_kernel import (
     keys_of,
 )
 from nmjax.sparse_kernel import Einsum as EinsumOp
-from nmjax.sparsity import MASKS, Sparsity
+from nmjax.sparsity import MASKS, NUMBERS, Sparsity
 from nmjax.state import NMState, init_logits, init_state, state_leaves
 
 RecipeLike = Recipe | NMPattern | str | None
@@ -67,8 +67,9 @@ class _SparseLayer(nnx.Module):
       nm_recipe: The layer's own recipe, which no rule overrides, or None.
       nm_sparsity: What acts on the kernel, by the layer's recipe or by a rule. Its
         path names the class alone: layers that differ in place only are equal.
-      nm_mask: The mask, where the recipe keeps it; so are the next four.
+      nm_mask: The mask, where the recipe keeps it; so are the next five.
       nm_mask_dgrad: dgrad's own mask.
+      nm_output_order: The order of outputs in which its groups run.
       nm_scale: β of a soft threshold.
       nm_temperature: τ of a learned mask.
       nm_flip_rate: Where the recipe refreshes the mask.
@@ -82,6 +83,7 @@ class _SparseLayer(nnx.Module):
     nm_sparsity: Sparsity | None = None
     nm_mask: NMMask | None = None
     nm_mask_dgrad: NMMask | None = None
+    nm_output_order: NMNumber | None = None
     nm_scale: NMNumber | None = None
     nm_temperature: NMNumber | None = None
     nm_flip_rate: NMFlipRate | None = None
@@ -129,7 +131,7 @@ class _SparseLayer(nnx.Module):
                 )
         if self.nm_key is not None:
             entry["key"] = self.nm_key[...]
-        return SparseKernel(kernel, entry, sparsity)
+        return SparseKernel(kernel, entry, sparsity.in_layer())
 
 
 class _MaskedLayer(_SparseLayer):
@@ -315,7 +317,7 @@ def kept_entry(layer: Any, path: str) -> dict[str, jax.Array]:
     return entry
 
 
-_KEPT = ("mask", "mask_dgrad", "scale", "temperature", "logits")
+_KEPT = (*MASKS, *NUMBERS, "logits")
 _ENTRY = (*(f"nm_{name}" for name in _KEPT), "nm_flip_rate", "nm_key")
 
 
@@ -334,7 +336,7 @@ def store_entry(weight: Weight, state: NMState, logits: Any = None) -> None:
         mask = state_leaves(state, name).get(path)
         if mask is not None:
             _put(weight, f"nm_{name}", lambda x=mask: NMMask(x, **sharding), mask)
-    for name in ("scale", "temperature"):
+    for name in NUMBERS:
         number = state_leaves(state, name).get(path)
         if number is not None:
             _put(weight, f"nm_{name}", lambda x=number: NMNumber(x), number)

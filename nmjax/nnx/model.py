@@ -20,7 +20,7 @@ from nmjax.nnx.variables import NMLogits
 from nmjax.paths import nest
 from nmjax.planning import Plan, check_entry_sharding, log_dense_layers, make_plan
 from nmjax.rules import Rule
-from nmjax.sparsity import MASKS
+from nmjax.sparsity import MASKS, NUMBERS
 from nmjax.state import NMState, init_logits, init_state, state_leaves
 from nmjax.state import refresh as refresh_state
 
@@ -212,13 +212,10 @@ def set_state(model: nnx.Module, state: NMState) -> None:
         store_entry(weight, state)
 
 
-_NAMES = (*MASKS, "scale", "temperature")
-
-
 def _names(state: NMState) -> dict[str, set[str]]:
     """What a state holds, by path."""
     found: dict[str, set[str]] = {}
-    for name in _NAMES:
+    for name in (*MASKS, *NUMBERS):
         for path in state_leaves(state, name):
             found.setdefault(path, set()).add(name)
     return found

@@ -14,10 +14,11 @@ class NMMask(nnx.Variable):
 
 
 class NMNumber(NMMask):
-    """A number beside a mask: β of a soft threshold, τ of a learned mask, float32.
+    """What is kept beside a mask: β of a soft threshold, τ of a learned mask, an order.
 
     Its rank is the kernel's, with size 1 along all axes but those that `nnx.vmap` has
-    stacked. It is an `NMMask`, as the two below, so that a filter for masks takes all.
+    stacked, and the output axis for an order of outputs. It is an `NMMask`, as the two
+    below, so that a filter for masks takes all.
     """
 
 

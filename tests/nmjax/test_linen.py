@@ -237,7 +237,7 @@ def test_a_second_mask_is_of_the_master_weights_too():
     x, dy = jnp.eye(8), jnp.eye(8)
     kernel = (1 + jnp.arange(8)[None, :] * 1e-4) * jnp.ones((8, 8))
     layer = nn.Dense(8, use_bias=False, dtype=jnp.bfloat16)
-    layer = nmjax.sparsify(layer, [nmjax.Rule(".*", recipes.bi_mask("2:4"))])
+    layer = nmjax.sparsify(layer, [nmjax.Rule(".*", recipes.fst())])
     _, vjp = jax.vjp(lambda x: layer.apply({"params": {"kernel": kernel}}, x), x)
     (dx,) = vjp(dy.astype(jnp.bfloat16))
     kept = nmjax.magnitude_mask(kernel, "2:4", axis=-1)

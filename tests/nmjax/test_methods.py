@@ -29,7 +29,8 @@ METHODS = {
     "sr_ste": recipes.sr_ste("2:4", decay=DECAY),
     "transposable": recipes.transposable("2:4"),
     "transposable sr_ste": recipes.transposable("2:4", decay=DECAY, refresh=1),
-    "bi_mask": recipes.bi_mask("2:4"),
+    "bi_mask": recipes.bi_mask("2:4", decay=DECAY),
+    "bi_mask as stored": recipes.bi_mask("2:4", reorder=None),
     "bi_mask refresh": recipes.bi_mask("1:4", refresh=5),
     "fst": recipes.fst(),
     "semi_sparse_weight": recipes.semi_sparse_weight(),
@@ -64,13 +65,24 @@ def s_ste(w):
     return (w * s).sum() / (s * s).sum() * s
 
 
+def masked_twice(recipe, w, order):
+    """E' ⊙ E ⊙ W: the largest of what E keeps, of each group of outputs in an order."""
+    n, m = recipe.pattern.n, recipe.pattern.m
+    w = np.where(oracle.magnitude_mask(w, n, m, axis=-2), w, 0)
+    order = np.arange(w.shape[1]) if order is None else np.asarray(order).ravel()
+    kept = oracle.magnitude_mask(w[:, order], n, m, axis=-1)
+    return np.where(kept[:, np.argsort(order)], w, 0)
+
+
 def reference(recipe, x, w, dy, masks, key):
     """(y, dx, dW) by the equations; masks other than magnitude's are given."""
     x, w, dy = (a.astype(np.float64) for a in (x, w, dy))
     mask = masks.get("mask", np.ones(w.shape, bool))
     w_fprop = s_ste(w) if recipe.name == "s_ste" else np.where(mask, w, 0)
     w_dgrad, x_fprop, dy_wgrad, x_wgrad = w_fprop, x, dy, x
-    if recipe.name in ("bi_mask", "fst"):
+    if recipe.name == "bi_mask":
+        w_dgrad = masked_twice(recipe, w, masks.get("output_order"))
+    if recipe.name == "fst":
         n, m = recipe.pattern.n, recipe.pattern.m
         w_dgrad = np.where(oracle.magnitude_mask(w, n, m, axis=-1), w, 0)
     if recipe.name == "semi_sparse_activation":
@@ -164,6 +176,7 @@ def test_a_linen_layer_is_the_equations(name, gemm_atol):
         "sr_ste",
         "multipliers",
         "transposable",
+        "bi_mask",
         "bi_mask refresh",
         "fst",
         "semi_sparse_activation",
@@ -513,6 +526,8 @@ class Scanned(nn.Module):
 @pytest.mark.parametrize(
     ("name", "axis"),
     [
+        ("bi_mask", 0),
+        ("bi_mask", 1),
         ("fst", 1),
         ("two_by_four", 1),
         ("s_ste", 0),
@@ -550,13 +565,16 @@ def test_a_scanned_layer_is_its_layers_one_by_one(name, axis):
     )
     x, inputs = X.astype(np.float64), []
     masks = []
-    for w in kernels:
+    orders = state["blocks"]["d"]["kernel"].get("output_order") if state else None
+    for i, w in enumerate(kernels):
         plan_one = nmjax.plan_params(
             {"kernel": w}, [nmjax.Rule(".*", weight_only(recipe))]
         )
         one = {"kernel": jnp.asarray(w)}
         kept = nmjax.prepare(one, plan_one, nmjax.init_state(one, plan_one))
         masks.append({n: np.asarray(m) for n, m in kept.get("kernel", {}).items()})
+        if orders is not None:
+            masks[-1]["output_order"] = np.moveaxis(np.asarray(orders), axis, 0)[i]
         inputs.append(x)
         x = np.tanh(reference(recipe, x, w, x, masks[-1], keys[0])[0])
     np.testing.assert_allclose(value, x.sum(), rtol=1e-4)
@@ -606,7 +624,115 @@ def weight_only(recipe):
     if recipe.mask is None:
         return None
     dgrad = recipe.dgrad if recipe.dgrad == "weight" else None
-    return dataclasses.replace(recipe, wgrad=None, dgrad=dgrad)
+    return dataclasses.replace(recipe, wgrad=None, dgrad=dgrad, reorder=None)
+
+
+# The order of outputs of Bi-Mask, with more outputs than one group
+
+
+class Wide(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(24, use_bias=False, name="layer")(x)
+
+
+W_WIDE = np.random.default_rng(5).normal(size=(8, 24)).astype(np.float32)
+DY_WIDE = np.random.default_rng(6).normal(size=(12, 24)).astype(np.float32)
+
+
+@functools.cache
+def wide(refresh=1):
+    rules = [nmjax.Rule(".*", recipes.bi_mask("2:4", decay=DECAY, refresh=refresh))]
+    params = {"layer": {"kernel": jnp.asarray(W_WIDE)}}
+    plan = nmjax.plan(Wide(), rules, X)
+    return nmjax.sparsify(Wide(), rules), params, plan, nmjax.init_state(params, plan)
+
+
+@pytest.mark.parametrize("refresh", [1, 50])
+def test_dgrad_groups_outputs_in_the_order_of_the_state(refresh, gemm_atol):
+    model, params, plan, state = wide(refresh)
+    entry = state["layer"]["kernel"]
+    order = np.asarray(entry["output_order"])
+    assert order.shape == (1, 24) and (order != np.arange(24)).any()
+    (recipe,) = {e.recipe for e in plan.sparse}
+
+    @jax.jit
+    def run(params, state, x):
+        def apply(params, x):
+            return model.apply({"params": params, "nm": state}, x)
+
+        y, vjp = jax.vjp(apply, params, x)
+        dparams, dx = vjp(DY_WIDE)
+        return y, dx, dparams["layer"]["kernel"]
+
+    masks = {
+        "mask": oracle.magnitude_mask(W_WIDE, 2, 4, axis=-2),
+        "output_order": order,
+    }
+    expected = reference(recipe, X, W_WIDE, DY_WIDE, masks, KEY)
+    for given in (state, nmjax.prepare(params, plan, state)):
+        assert_close(run(params, given, X), expected, gemm_atol("float32", 64))
+        nmjax.check(params, plan, given)
+    layer = nmjax.nnx.Linear(8, 24, use_bias=False, recipe=recipe, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(jnp.asarray(W_WIDE))
+    nnx_model = nnx.Dict(layer=layer)
+    nmjax.nnx.set_state(nnx_model, state)
+    dx = nnx.grad(lambda m, x: jnp.sum(m["layer"](x) * DY_WIDE), argnums=1)(
+        nnx_model, X
+    )
+    np.testing.assert_allclose(dx, expected[1], rtol=2e-5, atol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, nmjax.nnx.state(nnx_model), state)
+
+
+def test_the_order_changes_at_its_interval_and_never_for_a_worse_one():
+    _, params, plan, state = wide(50)
+    refresh = jax.jit(
+        lambda state, params, step: nmjax.refresh(state, params, plan, step)
+    )
+    moved = jax.tree.map(lambda w: w[::-1] * 1.5, params)
+
+    def dropped(state):
+        entry = state["layer"]["kernel"]
+        return int((entry["mask"] & ~entry["mask_dgrad"]).sum())
+
+    kept = refresh(state, moved, 50)["layer"]["kernel"]
+    order = state["layer"]["kernel"]["output_order"]
+    np.testing.assert_array_equal(kept["output_order"], order)
+    nmjax.check(moved, plan, {"layer": {"kernel": kept}})
+    changed = refresh(state, moved, 100)
+    nmjax.check(moved, plan, changed)
+    assert (changed["layer"]["kernel"]["output_order"] != order).any()
+    assert dropped(changed) < dropped({"layer": {"kernel": kept}})
+
+
+def test_frozen_masks_keep_their_order():
+    recipe = recipes.bi_mask("2:4").during(dense_until=0, freeze_from=0.5)
+    _, late = nmjax.phases([nmjax.Rule(".*", recipe)], 200)
+    _, params, plan, state = wide()
+    late = nmjax.plan(Wide(), late.rules, X)
+    frozen = nmjax.next_state(params, late, state, plan)
+    entry, old = frozen["layer"]["kernel"], state["layer"]["kernel"]
+    np.testing.assert_array_equal(entry["output_order"], old["output_order"])
+    moved = jax.tree.map(lambda w: w[::-1], params)
+    again = nmjax.refresh(frozen, moved, late, 100)
+    jax.tree.map(np.testing.assert_array_equal, again, frozen)
+    nmjax.check(moved, late, frozen)
+
+
+def test_check_judges_dgrads_mask_in_the_order_of_the_state():
+    _, params, plan, state = wide(50)
+    entry = state["layer"]["kernel"]
+    other = {**entry, "output_order": jnp.roll(entry["output_order"], 1, axis=-1)}
+    with pytest.raises(nmjax.CheckError, match=r"\[pattern\].*along axis -1"):
+        nmjax.check(params, plan, {"layer": {"kernel": other}})
+    more = {**entry, "mask_dgrad": ~entry["mask"]}
+    with pytest.raises(nmjax.CheckError, match="keeps weights that mask drops"):
+        nmjax.check(params, plan, {"layer": {"kernel": more}})
+    without = {n: x for n, x in entry.items() if n != "output_order"}
+    with pytest.raises(nmjax.CheckError, match="no output_order"):
+        nmjax.check(params, plan, {"layer": {"kernel": without}})
+    with pytest.raises(ValueError, match="no output_order.*init_state"):
+        nmjax.refresh({"layer": {"kernel": without}}, params, plan, 100)
 
 
 def test_vmap_over_examples():

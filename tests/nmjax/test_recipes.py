@@ -66,6 +66,8 @@ def test_recipes_are_frozen():
         (recipes.one_shot("2:4"), True, True),
         (recipes.frozen("2:4"), True, True),
         (recipes.transposable("2:4"), True, True),
+        (recipes.bi_mask("2:4"), True, True),
+        (recipes.bi_mask("2:4", reorder=None), True, False),
         (recipes.semi_sparse_activation(), True, False),
         (recipes.s_ste("2:4"), True, True),
         (recipes.learned("2:4"), True, True),
@@ -82,7 +84,7 @@ def test_what_the_named_recipes_say():
         assert recipe.mask == "magnitude"
     rows = {
         recipes.transposable("2:4"): ("weight", "weight", None, "transposable"),
-        recipes.bi_mask("2:4"): ("weight", "weight-own-mask", None, "magnitude"),
+        recipes.bi_mask("2:4"): ("weight", "weight-masked-twice", None, "magnitude"),
         recipes.fst(): (
             *("weight", "weight-own-mask", "activation-fixed", "magnitude"),
         ),
@@ -99,6 +101,8 @@ def test_what_the_named_recipes_say():
     assert (two_by_four.refresh, two_by_four.decay_in) == (40, "optimizer")
     assert two_by_four.schedule.dense_from == 5 / 6
     assert recipes.transposable("2:4").refresh == 40
+    bi_mask = recipes.bi_mask("2:4")
+    assert (bi_mask.decay, bi_mask.refresh, bi_mask.reorder) == (2e-4, 1, 100)
     assert recipes.learned("2:4").gradient == "none"
     assert recipes.semi_sparse_activation().tile == "largest_values_greedy"
     assert recipes.ste("2:4").gradient == "straight-through"
@@ -153,6 +157,18 @@ changed = dataclasses.replace
         (
             lambda: changed(recipes.bi_mask("2:4"), mask="soft-threshold"),
             "goes with mask=\"magnitude\", got mask='soft-threshold'",
+        ),
+        (
+            lambda: recipes.bi_mask("2:4", reorder=0),
+            "reorder must be .* got 0",
+        ),
+        (
+            lambda: recipes.bi_mask("2:4", refresh=40),
+            "reorder=100 is not a multiple of refresh=40",
+        ),
+        (
+            lambda: changed(recipes.fst(), reorder=100),
+            'reorder=100 goes with dgrad="weight-masked-twice", got',
         ),
         (
             lambda: changed(recipes.ste("2:4"), wgrad="activation"),

@@ -97,6 +97,9 @@ def test_a_layer_runs_each_sparse_gemm_there(rng, products, recipe, sizes, layer
     model = nmjax.sparsify(flax_layer, rules)
     x = jnp.asarray(rng.standard_normal((2, T // 2, K)), jnp.bfloat16)
     variables = model.init(jax.random.key(0), x)
+    plan = nmjax.plan(flax_layer, rules, x)
+    state = nmjax.init_state(variables["params"], plan)
+    variables = {**variables, "nm": state}
     products.clear()
     keys = {"nm": jax.random.key(1)}
 

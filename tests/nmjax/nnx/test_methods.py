@@ -60,7 +60,7 @@ def test_stacked_layers_have_a_scale_and_a_key_each():
 
 
 def weight_alone(recipe):
-    return dataclasses.replace(recipe, dgrad=None)
+    return dataclasses.replace(recipe, dgrad=None, reorder=None)
 
 
 def test_a_state_of_another_recipe_is_refused():
