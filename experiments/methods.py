@@ -66,7 +66,7 @@ METHODS: dict[str, Method] = {
     # λ of the paper, for 600,000 steps: dropped weights decay with a time constant of
     # (1 − momentum) / (lr · λ) = 5,000 steps, 0.8 % of such a run. In a run of 1,000
     # steps they hardly do. λ = 0.02, a time constant of 50 steps, did best of 0, 0.02,
-    # 0.1 and 0.5 on training images that were held out, though by less than seeds differ.
+    # 0.1 and 0.5 on held-out training images, though by less than seeds differ.
     "sr_ste": Method("SR-STE", "sr_ste", {"decay": 2e-4}),
     "sr_ste_scaled": Method("SR-STE, λ = 0.02", "sr_ste", {"decay": 0.02}),
     "ste": Method("STE", "ste"),

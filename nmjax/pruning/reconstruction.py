@@ -1,8 +1,13 @@
 """AdaPrune: a pruned layer learns to compute what the dense layer did.
 
 The mask E of a layer is the one that its recipe chooses from the dense weight: by
-magnitude, transposable or by tiles; it stays. Then Adam changes what
-is kept, and the bias, so as to minimise over cached calibration inputs x
+magnitude, transposable or by tiles; it stays. Each kept weight first takes its share of
+what its group lost,
+
+    w' = w + Σ_dropped w / number kept
+
+so that equal inputs give what they gave. Then Adam changes what is kept, and the bias,
+so as to minimise over cached calibration inputs x
 
     ‖f(E ⊙ W', b'; x) − f(W, b; x)‖²
 
@@ -24,6 +29,7 @@ from nmjax.pruning.calibration import Batch, Calibration, with_leaves
 from nmjax.pruning.layers import Layer, Parameters
 from nmjax.pruning.report import LayerReport, Pruned
 from nmjax.rules import Rules
+from nmjax.sparsity import Sparsity
 
 
 def ada_prune(
@@ -42,7 +48,7 @@ def ada_prune(
 ) -> Pruned:
     """Prunes a trained model to N:M, layer by layer (AdaPrune, arXiv:2102.08124).
 
-    The defaults are those of the authors' code. A layer that Adam does not improve
+    Steps and defaults are those of the authors' code. A layer that they do not improve
     keeps its magnitude-pruned weights, so no error is above that of magnitude pruning.
     Needs optax: `pip install 'nmjax[train]'`.
 
@@ -88,17 +94,18 @@ def ada_prune(
         if layer.bias_path in leaves:
             dense["bias"] = jnp.asarray(leaves[layer.bias_path], jnp.float32)
         mask = calibration.sparsity(path).choose_mask(dense["kernel"])
-        start = {**dense, "kernel": jnp.where(mask, dense["kernel"], 0)}
+        masked = {**dense, "kernel": jnp.where(mask, dense["kernel"], 0)}
         error = jax.jit(functools.partial(_relative_error, layer))
-        before = float(error(start, dense, x))
+        before = float(error(masked, dense, x))
         if not math.isfinite(before):
             raise ValueError(f"{path}: its calibration inputs are not finite")
         keys = jax.random.split(jax.random.key(seed), steps)
         train = jax.jit(functools.partial(_train, layer, adam, rates, batch_size))
-        trained = train(start, dense, mask, x, keys)
+        shared = _share_dropped(dense["kernel"], mask, calibration.sparsity(path))
+        trained = train({**dense, "kernel": shared}, dense, mask, x, keys)
         after = float(error(trained, dense, x))
         if not after < before:
-            trained, after = start, before
+            trained, after = masked, before
         new[path] = trained["kernel"]
         if "bias" in trained:
             new[layer.bias_path] = trained["bias"]
@@ -118,6 +125,20 @@ def _adam() -> Any:
             "ada_prune needs optax: pip install 'nmjax[train]'"
         ) from error
     return optax.scale_by_adam()
+
+
+def _share_dropped(w: jax.Array, mask: jax.Array, sparsity: Sparsity) -> jax.Array:
+    """Kept weights, each with its share of the sum of the dropped ones of its group."""
+    m, axis, size = sparsity.pattern.m, sparsity.axis, w.shape[sparsity.axis]
+
+    def of_group(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, axis, -1)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -size % m)])
+        sums = x.reshape(*x.shape[:-1], -1, m).sum(-1)
+        return jnp.moveaxis(jnp.repeat(sums, m, axis=-1)[..., :size], -1, axis)
+
+    dropped, kept = of_group(jnp.where(mask, 0, w)), of_group(mask.astype(w.dtype))
+    return jnp.where(mask, w + dropped / jnp.maximum(kept, 1), 0)
 
 
 def _join(path: str, inputs: list[jax.Array]) -> jax.Array:

@@ -98,6 +98,19 @@ def test_a_step_that_worsens_a_layer_is_not_taken(rng):
     assert result.layers[0].error == result.layers[0].magnitude_error
 
 
+def test_kept_weights_share_what_their_group_lost():
+    """2:4 of the first column drops 1 and 2: 1.5 for each of the other two."""
+    w = np.array([[4, -3, 1, 2, 5, 1, -6, -3], [1, 1, 0, 3, 0, 0, 2, 2]], np.float32).T
+    x = np.full((4, 8), 0.5, np.float32)  # equal inputs: this alone is exact
+    layer, options = nn.Dense(2, use_bias=False), {"steps": 1, "learning_rate": 0.0}
+    variables = {"params": {"kernel": w}}
+    result = ada_prune(layer, "2:4", [x], variables=variables, **options)
+    expected = [[5.5, -1.5, 0, 0, 4, 0, -7, 0], [1.5, 0, 0, 3.5, 0, 0, 2, 2]]
+    np.testing.assert_array_equal(result.params["kernel"].T, expected)
+    (report,) = result.layers
+    assert report.error == 0 < report.magnitude_error
+
+
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(rng):
     model, x, params = dense_layer(rng, bias=False)
