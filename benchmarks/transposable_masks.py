@@ -9,8 +9,8 @@ mask. The peers:
 
 - 90 patterns: scores (t, 16) times the patterns (16, 90), argmax, take; what 2by4
   (arXiv:2404.01847) does in a kernel.
-- greedy, sorted: the greedy algorithm of arXiv:2102.08124 with the steps of its authors'
-  torch code, in jax: the entries of a tile sorted, then looked at one after the other.
+- greedy, sorted: the greedy algorithm of arXiv:2102.08124 with the steps of its
+  authors' torch code, in jax: the entries of a tile sorted, then looked at one by one.
 - greedy, argmax loop: the same masks, sooner: one argmax over the tile for each entry
   kept.
 - OR-tools: one min-cost flow per tile in C++, on one core; the exact method of
@@ -64,7 +64,7 @@ def ninety_patterns(magnitude, pattern):
 
 
 def greedy_sorted(magnitude, pattern):
-    """From the heaviest entry of a tile down: each stays if its row and column allow."""
+    """From the heaviest entry of a tile down: it stays if row and column allow."""
     n, m = pattern.n, pattern.m
     tiles = tiles_last(magnitude, m)
     order = jnp.argsort(-tiles.reshape(-1, m * m), axis=-1)

@@ -17,7 +17,12 @@ def blocks(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page, number", [(page, i) for page in PAGES for i in range(len(blocks(page)))]
+    "page, number",
+    [
+        pytest.param(page, i, marks=[pytest.mark.slow] * ("methods/" in page))
+        for page in PAGES
+        for i in range(len(blocks(page)))
+    ],
 )
 def test_a_python_block_runs(page, number, capsys):
     exec(compile(blocks(page)[number], f"{page}, block {number}", "exec"), {})

@@ -14,8 +14,12 @@ from tests.foreign import MODELS, draw, nnx_models
 # Compiling is nearly all of the time here, and speed of the result is none of it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-# The same blocks as linen_transformer, lifted in other ways.
+# The same blocks as in others, lifted in other ways or more of them.
 SLOW = {
+    "linen_ensemble",
+    "linen_resnet",
+    "linen_rnn",
+    "nnx_transformer_scan",
     "linen_resnet50",
     "linen_transformer_scan",
     "linen_transformer_remat",

@@ -191,9 +191,9 @@ def test_under_scan_and_remat():
     [
         ("Dense", recipes.transposable("2:4")),
         ("Dense", recipes.s_ste("2:4")),
-        ("Dense", recipes.learned("2:4")),
+        pytest.param("Dense", recipes.learned("2:4"), marks=pytest.mark.slow),
         ("Dense", recipes.two_by_four()),
-        ("square Einsum", recipes.fst()),
+        pytest.param("square Einsum", recipes.fst(), marks=pytest.mark.slow),
         ("square Einsum", recipes.semi_sparse_activation()),
     ],
     ids=lambda x: getattr(x, "name", x),

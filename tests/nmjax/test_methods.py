@@ -648,7 +648,7 @@ def wide(refresh=1):
     return nmjax.sparsify(Wide(), rules), params, plan, nmjax.init_state(params, plan)
 
 
-@pytest.mark.parametrize("refresh", [1, 50])
+@pytest.mark.parametrize("refresh", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_dgrad_groups_outputs_in_the_order_of_the_state(refresh, gemm_atol):
     model, params, plan, state = wide(refresh)
     entry = state["layer"]["kernel"]

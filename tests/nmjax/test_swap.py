@@ -18,8 +18,6 @@ from tests.foreign import MODELS
 
 LINEN = [name for name, model in MODELS.items() if model.api == "linen"]
 QUICK = {
-    "linen_transformer_scan_remat",
-    "linen_vae",
     "linen_einsum",
     "linen_partitioned",
     "linen_tied",

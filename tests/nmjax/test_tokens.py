@@ -38,6 +38,7 @@ def test_kept_places_are_spread_evenly(pattern, kept):
     assert total == rows.sum()  # nothing is lost
 
 
+@pytest.mark.slow
 def test_leading_axes_are_matrices_of_their_own(rng):
     x = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
     for change in (

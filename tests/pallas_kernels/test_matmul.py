@@ -73,7 +73,13 @@ def five_uses(x, w, dy):
     )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "bfloat16",
+        *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "float32")),
+    ],
+)
 def test_the_five_uses_of_training(rng, gemm_atol, dtype, implementation):
     x, w, dy = (normal(rng, *s, dtype=dtype) for s in ((T, K), (K, N), (T, N)))
     for name, operands, options, expected in five_uses(x, w, dy):

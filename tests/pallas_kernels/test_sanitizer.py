@@ -53,6 +53,7 @@ def test_the_smallest_products_are_clean(tool):
     assert ": ran" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_runs_nothing_or_finds_errors_does_not_pass(tmp_path):
     # Without a GPU a stand-in shows that the tool's and the program's verdicts count.
     stand_in = tmp_path / "compute-sanitizer"

@@ -1,7 +1,5 @@
 """The order of outputs against counts by loops, and dgrad's mask in it."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,22 +18,26 @@ def kept(mask, order, n, m):
     return total
 
 
+search = jax.jit(search_output_order, static_argnames=("pattern", "candidates"))
+
+
 def identity(outputs):
     return jnp.arange(outputs, dtype=jnp.int32)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8"])
+@pytest.mark.parametrize(
+    "pattern", ["2:4", pytest.param("2:8", marks=pytest.mark.slow)]
+)
 def test_the_search_returns_the_best_of_what_it_tried(rng, pattern):
     n, m = map(int, pattern.split(":"))
     mask = np.asarray(nmjax.magnitude_mask(rng.normal(size=(16, 24)), pattern))
-    key, start = jax.random.key(3), identity(24)
-    search = jax.jit(search_output_order, static_argnames=("pattern", "candidates"))
-    found = search(mask, pattern, start, key, candidates=20)
-    tried = [start]
-    for drawn in jax.random.split(key, 20):
+    start, keys = identity(24), jax.random.split(jax.random.key(3), 20)
+    found = search(mask, pattern, start, jax.random.key(3), candidates=20)
+    shuffle, tried = jax.jit(jax.random.permutation), [start]
+    for key in keys:
         # Each shuffle is of the best order so far.
         best = max(tried, key=lambda order: kept(mask, order, n, m))
-        tried.append(jax.random.permutation(drawn, best))
+        tried.append(shuffle(key, best))
     scores = [kept(mask, order, n, m) for order in tried]
     assert kept(mask, found, n, m) == max(scores) > scores[0]
     assert sorted(found.tolist()) == list(range(24))
@@ -46,17 +48,16 @@ def test_an_order_that_none_betters_stays():
     """Outputs 0, 1 and 2, 3 of 8 rows: as they are, no group holds more than two."""
     mask = np.zeros((4, 8), bool)
     mask[:, [0, 1, 4, 5]] = True
-    found = search_output_order(mask, "2:4", identity(8), jax.random.key(0))
+    found = search(mask, "2:4", identity(8), jax.random.key(0))
     assert found.tolist() == list(range(8))
 
 
 def test_the_best_order_of_few_outputs_is_found():
-    """Outputs 0…3 are kept in all rows, 4…7 in none: 8 remain at best, 4 as stored."""
+    """Outputs 0…3 are kept in both rows: 4 remain as stored, all 8 two by two."""
     mask = np.zeros((2, 8), bool)
     mask[:, :4] = True
-    best = max(kept(mask, np.array(p), 2, 4) for p in itertools.permutations(range(8)))
-    found = search_output_order(mask, "2:4", identity(8), jax.random.key(0))
-    assert kept(mask, found, 2, 4) == best == 8
+    found = search(mask, "2:4", identity(8), jax.random.key(0))
+    assert kept(mask, found, 2, 4) == 8
     assert kept(mask, np.arange(8), 2, 4) == 4
 
 

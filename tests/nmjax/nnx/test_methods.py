@@ -13,6 +13,7 @@ from nmjax import recipes
 from tests.nmjax.nnx.common import assert_close, baked, drawn, values
 
 
+@pytest.mark.slow
 def test_stacked_layers_have_a_scale_and_a_key_each():
     """nnx.vmap stacks layers of every kind of state; nnx.scan runs them one by one."""
     axes = nnx.StateAxes({nnx.Param: 0, nmjax.nnx.NMMask: 0, ...: None})
@@ -71,6 +72,7 @@ def test_a_state_of_another_recipe_is_refused():
         nmjax.nnx.set_state(soft, nmjax.nnx.state(frozen))
 
 
+@pytest.mark.slow
 def test_attention_and_einsum_share_the_three_gemms():
     class Model(nnx.Module):
         def __init__(self):

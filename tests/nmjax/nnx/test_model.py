@@ -32,7 +32,13 @@ each_recipe = pytest.mark.parametrize(
     "recipe", [SR_STE, FROZEN], ids=lambda recipe: recipe.name
 )
 each_model = pytest.mark.parametrize("name", NNX)
-SLOW = {"nnx_transformer", "nnx_transformer_scan", "nnx_autoencoder"}
+SLOW = {
+    "nnx_transformer",
+    "nnx_transformer_scan",
+    "nnx_autoencoder",
+    "nnx_conv_net",
+    "nnx_mixer",
+}
 
 
 @pytest.mark.parametrize(

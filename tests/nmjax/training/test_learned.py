@@ -214,6 +214,7 @@ def test_devices_do_not_change_a_step():
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_may_train_too():
     recipe = nmjax.recipes.learned("2:4", train_weights=True)
     (phase,) = phases_of(config(), rules=[RULES[0], nmjax.Rule(".*", recipe)])
@@ -222,6 +223,7 @@ def test_weights_may_train_too():
     assert np.any(after.params["fc"]["kernel"] != kernel)
 
 
+@pytest.mark.slow
 def test_phases_of_another_rule_leave_logits_and_temperature():
     gradual = nmjax.recipes.sr_ste("2:4", schedule=nmjax.Schedule(freeze_from=0.5))
     rules = [RULES[0], nmjax.Rule("fc", gradual), nmjax.Rule(".*", LEARNED)]
