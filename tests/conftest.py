@@ -34,6 +34,16 @@ TOLERANCE = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Spares the quick suite LLVM's optimisation, a quarter of its time.
+
+    With the slow tests, in CI, everything is compiled as users compile it. jax reads
+    the flags when it first needs a device, after this.
+    """
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU: on a machine with one, JAX_PLATFORMS=cuda,cpu")
