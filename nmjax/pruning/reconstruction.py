@@ -2,7 +2,7 @@
 
 The mask E of a layer is the one that its recipe chooses from the dense weight: by
 magnitude, transposable or by tiles; it stays. Each kept weight first takes its share of
-what its group lost,
+what its group lost, where that lowers the error below,
 
     w' = w + Σ_dropped w / number kept
 
@@ -102,7 +102,10 @@ def ada_prune(
         keys = jax.random.split(jax.random.key(seed), steps)
         train = jax.jit(functools.partial(_train, layer, adam, rates, batch_size))
         shared = _share_dropped(dense["kernel"], mask, calibration.sparsity(path))
-        trained = train({**dense, "kernel": shared}, dense, mask, x, keys)
+        start = {**dense, "kernel": shared}
+        if not float(error(start, dense, x)) < before:
+            start = masked
+        trained = train(start, dense, mask, x, keys)
         after = float(error(trained, dense, x))
         if not after < before:
             trained, after = masked, before
