@@ -111,12 +111,21 @@ class Sparsity:
             key = jax.random.wrap_key_data(key)
         return jax.random.fold_in(key, zlib.crc32(self.path.encode()))
 
-    def init(self, w: jax.Array) -> dict[str, jax.Array]:
-        """The entry that the recipe keeps for `w`, chosen anew."""
+    def init(
+        self, w: jax.Array, order: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """The entry that the recipe keeps for `w`, chosen anew.
+
+        Args:
+          w: Master weight as stored.
+          order: The order of outputs in force; None = to be searched.
+        """
         recipe, names = self.recipe, self.recipe.state_names
         entry: dict[str, jax.Array] = {}
         if "output_order" in names:
-            entry["output_order"] = self.search_order(w, self._stored_order(w), 0)
+            if order is None:
+                order = self.search_order(w, self._stored_order(w), 0)
+            entry["output_order"] = order
         if recipe.keeps_mask:
             entry |= self.choose_masks(w, entry)
             if recipe.refresh is not None:
@@ -151,11 +160,13 @@ class Sparsity:
         """
         chosen = {"mask": self.choose_mask(w)}
         if self.recipe.masks_dgrad:
-            chosen["mask_dgrad"] = self.choose_mask_dgrad(w, entry)
+            chosen["mask_dgrad"] = self._choose_mask_dgrad(w, chosen["mask"], entry)
         return chosen
 
-    def choose_mask_dgrad(self, w: jax.Array, entry: Entry) -> jax.Array:
-        """The mask of dgrad alone, along the output axis; raises as `choose_masks`."""
+    def _choose_mask_dgrad(
+        self, w: jax.Array, mask: jax.Array, entry: Entry
+    ) -> jax.Array:
+        """The mask of dgrad alone, along the output axis."""
         if self.recipe.dgrad == "weight-own-mask":
             return magnitude_mask(w, self.pattern, axis=self.out_axis)
         if self.recipe.reorder and "output_order" not in entry:
@@ -164,7 +175,7 @@ class Sparsity:
         choose = lambda w, mask, order: mask_in_order(  # noqa: E731
             w, mask, self.pattern, order
         )
-        return self._by_output(choose, order, w, self.choose_mask(w))
+        return self._by_output(choose, order, w, mask)
 
     def search_order(
         self, w: jax.Array, order: jax.Array, step: int | jax.Array
@@ -298,8 +309,6 @@ class Sparsity:
         if not self.recipe.masks_dgrad:
             return None
         w = jax.lax.stop_gradient(w)
-        if self._chooses(entry):
-            return estimators.masked(w, self.choose_mask_dgrad(w, entry))
         return estimators.masked(w, self.masks(w, entry)["mask_dgrad"])
 
     def _apply_learned(self, w: jax.Array, entry: Entry) -> jax.Array:

@@ -22,8 +22,6 @@ from nmjax.sparsity import MASKS, Sparsity
 
 NMState = dict[str, Any]
 
-_READ = ("scale", "output_order")  # besides masks, by a layer or by `check`
-
 
 def init_state(params: Any, plan: Plan) -> NMState:
     """Chooses what recipes keep, such as masks, from the weights as stored.
@@ -82,7 +80,7 @@ def next_state(params: Any, plan: Plan, state: NMState, before: Plan) -> NMState
     Returns:
       As `init_state(params, plan)`, except that a recipe that chooses its mask once
       takes over the mask in force where pattern and axes are the same (masks freeze as
-      they are), and a soft threshold its scale.
+      they are), a soft threshold its scale, and dgrad's mask its order of outputs.
 
     Raises:
       ValueError: As `init_state`.
@@ -93,7 +91,6 @@ def next_state(params: Any, plan: Plan, state: NMState, before: Plan) -> NMState
         path, recipe = sparsity.path, sparsity.recipe
         if not recipe.needs_state:
             continue
-        entry = sparsity.init(w)
         old = Sparsity.of(earlier[path]) if path in earlier else None
         same = (
             old is not None
@@ -101,10 +98,10 @@ def next_state(params: Any, plan: Plan, state: NMState, before: Plan) -> NMState
             and old.recipe.mask == recipe.mask
             and (old.axis, old.out_axis) == (sparsity.axis, sparsity.out_axis)
         )
-        kept = {"scale"} if recipe.refresh is not None else {*_READ, *MASKS}
-        if same:
-            carried = known.get(path, {})
-            entry |= {n: x for n, x in carried.items() if n in kept and n in entry}
+        carried = known.get(path, {}) if same else {}
+        entry = sparsity.init(w, carried.get("output_order"))
+        kept = {"scale"} if recipe.refresh is not None else {"scale", *MASKS}
+        entry |= {n: x for n, x in carried.items() if n in kept and n in entry}
         flat[path] = entry
     return nest(flat)
 
@@ -132,8 +129,7 @@ def refresh(state: NMState, params: Any, plan: Plan, step: int | jax.Array) -> N
         if not sparsity.recipe.needs_state:
             continue
         entry = dict(stored.get(sparsity.path, {}))
-        if sparsity.recipe.reorder is not None:
-            entry |= _refresh_order(sparsity, w, entry, step)
+        entry |= _refresh_order(sparsity, w, entry, step)
         if sparsity.recipe.keeps_mask:
             entry |= _refresh_masks(sparsity, w, entry, step)
         if "temperature" in sparsity.recipe.state_names:
@@ -143,14 +139,15 @@ def refresh(state: NMState, params: Any, plan: Plan, step: int | jax.Array) -> N
 
 
 def _refresh_order(sparsity: Sparsity, w, entry, step) -> dict[str, jax.Array]:
-    name = "output_order"
+    name, interval = "output_order", sparsity.recipe.reorder
+    if interval is None:
+        return {}
     if name not in entry:
         raise ValueError(
             f"{sparsity.path}: the state has no {name}; give the one from "
             "nmjax.init_state"
         )
-    interval = sparsity.recipe.reorder
-    if interval is None or sparsity.recipe.refresh is None:
+    if sparsity.recipe.refresh is None:
         return {}
     due = jnp.asarray(step) % interval == 0
     search = lambda w, order: sparsity.search_order(w, order, step)  # noqa: E731
@@ -198,7 +195,7 @@ def prepare(
     return nest(
         {
             sparsity.path: {
-                **{n: x for n, x in entry.items() if n in _READ},
+                **{n: x for n, x in entry.items() if n in ("scale", "output_order")},
                 **sparsity.masks(w, entry),
             }
             for sparsity, w, entry in _masked_weights(params, plan, state, logits)

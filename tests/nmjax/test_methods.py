@@ -709,6 +709,8 @@ def test_frozen_masks_keep_their_order():
     recipe = recipes.bi_mask("2:4").during(dense_until=0, freeze_from=0.5)
     _, late = nmjax.phases([nmjax.Rule(".*", recipe)], 200)
     _, params, plan, state = wide()
+    params = jax.tree.map(lambda w: w[:, ::-1] * 1.5, params)
+    state = nmjax.refresh(state, params, plan, 100)  # in an order that no start finds
     late = nmjax.plan(Wide(), late.rules, X)
     frozen = nmjax.next_state(params, late, state, plan)
     entry, old = frozen["layer"]["kernel"], state["layer"]["kernel"]
@@ -717,6 +719,8 @@ def test_frozen_masks_keep_their_order():
     again = nmjax.refresh(frozen, moved, late, 100)
     jax.tree.map(np.testing.assert_array_equal, again, frozen)
     nmjax.check(moved, late, frozen)
+    in_force = nmjax.prepare(params, plan, state)["layer"]["kernel"]
+    np.testing.assert_array_equal(entry["mask_dgrad"], in_force["mask_dgrad"])
 
 
 def test_check_judges_dgrads_mask_in_the_order_of_the_state():
