@@ -17,7 +17,10 @@ loads vectors along the contiguous axis and cuts them into single entries with
 so a warp reads and writes values of `columns` in lines of 128 and 64 bytes (bfloat16):
 the transposition is in registers. A thread of `tiles` has 4 of the 16 columns that a
 word of Wᵀ spans, and one of the two rows that a word of W does: the parts are added
-across lanes.
+across lanes. Of its mask it looks up where the bytes of each pair stand, and picks them
+with one instruction; what infinities and NaN need is behind a branch. That leaves 19
+instructions an entry where scores are finite, 9 of them for the units of 64 lanes a
+cycle (sm_90a, bfloat16, counted in the machine code).
 
 Each of four warps takes such a part of a tile, along either axis. Matrices that no
 arrangement of the four divides are padded with zeros, one more pass over them.
@@ -27,6 +30,7 @@ on a GPU.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -38,7 +42,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import ptx
 from pallas_kernels.format import NMCompressed, pack, positions
 from pallas_kernels.reference import magnitude_2to4, stored_2to4
-from pallas_kernels.tile_selection import transposable_2to4, unpack_tile
+from pallas_kernels.tile_selection import PAIRS, transposable_2to4
 
 # Every element is read and written once: there is nothing for barriers to order.
 NO_BARRIERS = {"unsafe_no_auto_barriers": True}
@@ -136,12 +140,13 @@ def _rows_kernel(w_gmem, values_gmem, words_gmem, *, warps, lanes):
     halves = []
     for h in range(2):
         row = ptx.load(w_gmem.at[blocks, h, :, columns, :], layout(16))
-        row = ptx.regroup(row, layout=layout(1))  # (blocks, 8, columns, 16)
-        entries = [row[..., i : i + 1] for i in range(16)]
-        values, half = _compress_16(entries, values_gmem.dtype, shift=16 * h)
-        values_gmem[blocks, h, :, columns, :] = ptx.regroup(*values, layout=layout(8))
+        values, half = _compress_16(
+            _entries(row, layout), values_gmem.dtype, shift=16 * h
+        )
+        joined = ptx.regroup(*values, layout=layout(8))
+        ptx.store(values_gmem.at[blocks, h, :, columns, :], joined)
         halves.append(half)
-    words_gmem[blocks, :, columns, :] = halves[0] | halves[1]
+    ptx.store(words_gmem.at[blocks, :, columns, :], halves[0] | halves[1])
 
 
 def _columns_kernel(w_gmem, values_gmem, words_gmem, *, warps, lanes):
@@ -153,15 +158,16 @@ def _columns_kernel(w_gmem, values_gmem, words_gmem, *, warps, lanes):
         along_k = []  # 16 of (blocks, 2, columns, 4)
         for i in range(16):
             tile = w_gmem.at[columns, i, blocks, h].transpose((1, 2, 0, 3))
-            along_k.append(ptx.regroup(ptx.load(tile, layout(4)), layout=layout(1)))
+            along_k.append(_entries(ptx.load(tile, layout(4)), layout))
         for g in range(4):
-            entries = [tile[..., g : g + 1] for tile in along_k]
+            entries = [row[g] for row in along_k]
             values, half = _compress_16(entries, values_gmem.dtype, shift=16 * h)
             joined = ptx.regroup(*values, layout=layout(8))
-            values_gmem[blocks, h, :, g, columns, :] = joined
+            ptx.store(values_gmem.at[blocks, h, :, g, columns, :], joined)
             halves.append(half)
     for g in range(4):
-        words_gmem[blocks, :, g, columns, :] = halves[g] | halves[4 + g]
+        word = halves[g] | halves[4 + g]
+        ptx.store(words_gmem.at[blocks, :, g, columns, :], word)
 
 
 def _compress_16(entries, dtype, *, shift: int) -> tuple[list[jax.Array], jax.Array]:
@@ -189,27 +195,29 @@ def _tiles_kernel(
     blocks = _slice("n", warps[1] * lanes[1])
     layout = functools.partial(ptx.thread_layout, warps, lanes)
     dtype = values_gmem.dtype
+    pairs_of = _any_pairs if at_most else _exact_pairs
     values = [[] for _ in range(4)]  # of W, for each of the thread's columns
     halves = [jnp.int32(0)] * 4
     quarters = [jnp.int32(0)] * 8  # of the words of Wᵀ, rows g and g + 8 of 16
     for j in range(4):
-        tile = []  # 4x4 of (columns, blocks, 2, 2, 1)
-        for i in range(4):
-            row = ptx.load(w_gmem.at[columns, j, i, blocks], layout(4))
-            row = ptx.regroup(row, layout=layout(1))
-            tile.append([row[..., q : q + 1] for q in range(4)])
-        scores = [[jnp.abs(x.astype(jnp.float32)) for x in row] for row in tile]
-        kept = unpack_tile(transposable_2to4(scores, at_most=at_most))
-        for i in range(4):
-            v0, v1, nibble = stored_2to4(tile[i], kept[i])
-            pair = [_cast(v0, dtype), _cast(v1, dtype)]
-            values_t_gmem[columns, j, i, blocks] = ptx.regroup(*pair, layout=layout(2))
+        loaded = [
+            ptx.load(w_gmem.at[columns, j, i, blocks], layout(4)) for i in range(4)
+        ]
+        scores = [
+            [jnp.abs(x.astype(jnp.float32)) for x in _entries(row, layout)]
+            for row in loaded
+        ]
+        bits = transposable_2to4(scores, at_most=at_most, where_any=ptx.where_any)
+        rows = [_cast(row, dtype) for row in loaded]
+        for i, (pair, nibble) in enumerate(pairs_of(rows, bits, layout)):
+            ptx.store(values_t_gmem.at[columns, j, i, blocks], pair)
             quarters[4 * j % 8 + i] |= nibble << 16 * (j // 2)
-        for q in range(4):
-            v0, v1, nibble = stored_2to4(
-                [row[q] for row in tile], [row[q] for row in kept]
-            )
-            values[q] += [_cast(v0, dtype), _cast(v1, dtype)]
+        tile = [_entries(row, layout) for row in rows]
+        along_k = [
+            ptx.regroup(*column, layout=layout(4)) for column in zip(*tile, strict=True)
+        ]
+        for q, (pair, nibble) in enumerate(pairs_of(along_k, bits >> 16, layout)):
+            values[q].append(pair)
             halves[q] |= nibble << 4 * j
 
     def lane(axis):  # 0 or 1: which of the two lanes along the axis this is
@@ -220,14 +228,56 @@ def _tiles_kernel(
     for q in range(4):
         joined = ptx.regroup(*values[q], layout=layout(8))
         tile = values_gmem.at[blocks, :, :, q, columns, :]
-        tile.transpose((3, 0, 1, 2, 4))[...] = joined
+        ptx.store(tile.transpose((3, 0, 1, 2, 4)), joined)
         word = jnp.sum(halves[q] << 16 * lane(2), axis=2, dtype=jnp.int32)
-        words_gmem.at[blocks, :, q, columns, :].transpose((2, 0, 1, 3))[...] = word
+        tile = words_gmem.at[blocks, :, q, columns, :]
+        ptx.store(tile.transpose((2, 0, 1, 3)), word)
     quarter = 8 * lane(2) + 4 * lane(3)
     for g in range(8):
         word = jnp.sum(quarters[g] << quarter, axis=3, dtype=jnp.int32)
         word = jnp.sum(word, axis=2, dtype=jnp.int32)
-        words_t_gmem[columns, g, blocks, :] = word
+        ptx.store(words_t_gmem.at[columns, g, blocks, :], word)
+
+
+# By the low three bits of a line's mask, which tell pairs apart: the places of the
+# bytes of the first entry kept and of the second, as `ptx.pick_pair` has them, and the
+# nibble of metadata.
+_FIRST, _SECOND, _NIBBLE = [0] * 8, [0] * 8, [0] * 8
+for _i, _j in PAIRS:
+    _index = (1 << _i | 1 << _j) & 7
+    _FIRST[_index] = 0x10 + 0x22 * _i
+    _SECOND[_index] = 0x10 + 0x22 * _j
+    _NIBBLE[_index] = _i | _j << 2
+
+
+def _exact_pairs(lines, bits, layout) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Values and nibble of each row, or column, of tiles that keep two in every one.
+
+    Args:
+      lines: The four rows: vectors of four, in the dtype of the values.
+      bits: Bit 4r + c is set where entry c of row r is kept.
+      layout: Makes the layouts, by the length of vectors.
+    """
+    first, second, nibbles = (
+        ptx.lookup(bits, table) for table in (_FIRST, _SECOND, _NIBBLE)
+    )
+    for r, line in enumerate(lines):
+        pair = ptx.pick_pair(line, first, second, byte=r, layout=layout(2))
+        yield pair, (nibbles >> 8 * r) & 15
+
+
+def _any_pairs(lines, bits, layout) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """As `_exact_pairs`, of tiles that keep at most two."""
+    for r, line in enumerate(lines):
+        kept = [(bits >> 4 * r + c) & 1 == 1 for c in range(4)]
+        v0, v1, nibble = stored_2to4(_entries(line, layout), kept)
+        yield ptx.regroup(v0, v1, layout=layout(2)), nibble
+
+
+def _entries(vectors: jax.Array, layout) -> list[jax.Array]:
+    """The entries of vectors, one array each."""
+    single = ptx.regroup(vectors, layout=layout(1))
+    return [single[..., i : i + 1] for i in range(vectors.shape[-1])]
 
 
 def _slice(axis: str, size: int) -> Any:

@@ -180,7 +180,7 @@ def _body(values_gmem, words_gmem, b_gmem, *rest, config, form, tiles):
         out, rows, columns = mma.transpose_acc(out, m_warps=m_warps), columns, rows
     out_gmem = out_gmem.at[rows, columns]
     if out.dtype.itemsize == 4:
-        out_gmem[...] = out
+        ptx.store(out_gmem, out)
         return
 
     swizzled = ptx.swizzled(out.shape[-1], out.dtype)
@@ -190,4 +190,4 @@ def _body(values_gmem, words_gmem, b_gmem, *rest, config, form, tiles):
     def _(out_smem):
         out_smem[...] = out
         layout = plgpu.Layout.SMEM_GMEM_COPY(out.shape, out.dtype, 128)
-        out_gmem[...] = ptx.load(out_smem, layout)
+        ptx.store(out_gmem, ptx.load(out_smem, layout))

@@ -9,7 +9,8 @@ a row, selector 0 reads t = 0 and 1 (columns 0 to 31 of 64), selector 1 reads t 
 3: one register serves two instructions along k.
 
 Where jax differs between versions, the difference is here: 0.10.2 has no interpreter
-parameters in public and no Ampere; 0.11 has both.
+parameters in public and no Ampere; 0.11 has both; 0.12 asks of a store in global memory
+whether it is meant to be wide.
 """
 
 import contextvars
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src.pallas.mosaic_gpu import lowering
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret import params as interpret_params
@@ -31,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.devices import default_device, this_device
 from pallas_kernels.format import pad_to
@@ -92,7 +94,7 @@ def kernel(
 
 
 def _judged(out: Any) -> Any:
-    """What an interpreted kernel returned; a race, else only printed, raises."""
+    """What an interpreted kernel returned; a race, printed before jax 0.12, raises."""
 
     def judge(*leaves):
         if interpret_pallas_call.get_races().races_found:
@@ -116,6 +118,15 @@ def load(ref: Any, layout: Any) -> jax.Array:
         return ref[...]
     index = (None,) if JAX_VERSION < (0, 11) else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def store(ref: Any, x: jax.Array) -> None:
+    """Writes a register array to global memory, each thread what it holds."""
+    if is_interpreted() or JAX_VERSION < (0, 12):
+        ref[...] = x
+    else:  # unless told, jax refuses what does not write whole lines of cache at once
+        gpu: Any = plgpu
+        gpu.store(ref, x, optimized=False)
 
 
 def release_smem() -> None:
@@ -214,6 +225,120 @@ def _regroup(*arrays, layout):
 _REGROUP = instruction(
     "regroup", lambda *arrays, layout: jnp.concatenate(arrays, axis=-1), _regroup
 )
+
+
+def where_any(condition: jax.Array, function: Callable, operand: Any) -> Any:
+    """`function(operand)` in threads for an entry of which the condition holds.
+
+    Elsewhere the operand as it is: a branch around what changes nothing there. The
+    interpreter has one thread.
+    """
+    return lax.cond(_ANY.bind(condition), function, lambda x: x, operand)
+
+
+def _any(condition):
+    return functools.reduce(arith.ori, scalars(condition.registers.flat))
+
+
+_ANY = instruction("any_of_thread", jnp.any, _any)
+
+
+def lookup(index: jax.Array, table: Sequence[int]) -> jax.Array:
+    """Four bytes of a table of eight, chosen by the low three bits of four nibbles.
+
+    Args:
+      index: int32, one entry a register; nibbles 0 to 3 choose bytes 0 to 3.
+      table: Eight bytes.
+    """
+    return _LOOKUP.bind(index, table=tuple(table))
+
+
+def _lookup_meaning(index, table):
+    return functools.reduce(
+        jnp.bitwise_or,
+        [
+            jnp.asarray(table, jnp.int32)[(index >> (4 * byte)) & 7] << (8 * byte)
+            for byte in range(4)
+        ],
+    )
+
+
+def _lookup(index, table):
+    i32 = ir.IntegerType.get_signless(32)
+    low, high = (
+        utils.c(int.from_bytes(bytes(table[i : i + 4]), "little"), i32) for i in (0, 4)
+    )
+    low_bits = utils.c(0x7777, i32)  # prmt takes the fourth for a sign
+    found = [
+        joined([_prmt(low, high, arith.andi(nibbles, low_bits))])
+        for nibbles in scalars(index.registers.flat)
+    ]
+    return fa.FragmentedArray(
+        _registers=as_array(found, index.registers.shape),
+        _layout=index.layout,
+        _is_signed=index.is_signed,
+    )
+
+
+_LOOKUP = instruction("lookup", _lookup_meaning, _lookup)
+
+
+def pick_pair(
+    entries: jax.Array, first: jax.Array, second: jax.Array, *, byte: int, layout: Any
+) -> jax.Array:
+    """Two entries of every four.
+
+    Args:
+      entries: 16-bit, vectors of four.
+      first: int32, one entry a register, of the same threads. Byte `byte` is
+        `0x10 + 0x22 * i` where the entry wanted first is i: the places of its bytes,
+        a nibble each.
+      second: As `first`, for the entry wanted second.
+      byte: 0 to 3.
+      layout: Of the result, `thread_layout` of vectors of two.
+    """
+    return _PICK_PAIR.bind(entries, first, second, byte=byte, layout=layout)
+
+
+def _pick_pair_meaning(entries, first, second, byte, layout):
+    del layout
+    places = jnp.concatenate([first, second], axis=-1) >> (8 * byte)
+    return jnp.take_along_axis(entries, (places >> 1) & 3, axis=-1)
+
+
+def _pick_pair(entries, first, second, byte, layout):
+    layout = layout.to_mgpu()
+    i32 = ir.IntegerType.get_signless(32)
+    both = utils.c(byte | (4 + byte) << 4, i32)  # a byte of each
+    pairs = []
+    for four, one, other in zip(
+        entries.registers.flat,
+        scalars(first.registers.flat),
+        scalars(second.registers.flat),
+        strict=True,
+    ):
+        low, high = scalars([vector.bitcast(ir.VectorType.get((2,), i32), four)])
+        pair = _prmt(low, high, _prmt(one, other, both))
+        pairs.append(utils.bitcast(pair, ir.VectorType.get((2,), entries.mlir_dtype)))
+    shape = (*entries.shape[:-1], 2)
+    return fa.FragmentedArray(
+        _registers=as_array(pairs, layout.registers_shape(shape)),
+        _layout=layout,
+        _is_signed=entries.is_signed,
+    )
+
+
+_PICK_PAIR = instruction("pick_pair", _pick_pair_meaning, _pick_pair)
+
+
+def _prmt(low, high, places):
+    """Four of the eight bytes of two words (PTX ISA, prmt)."""
+    i32 = ir.IntegerType.get_signless(32)
+    text = "prmt.b32 $0, $1, $2, $3;"
+    out: Any = llvm.inline_asm(
+        i32, [low, high, places], text, "=r,r,r,r", has_side_effects=False
+    )
+    return out
 
 
 def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """The 4x4 transposable mask in Pallas Mosaic GPU, for Ampere and later.
 
 A thread has one tile: four loads of four neighbours, the selection of
-`tile_selection.py` in registers, one store of its 16 bits. A warp reads lines of 32
+`tile_selection.py` in registers, one store of its bits. A warp reads lines of 32
 tiles, 256 bytes of bfloat16, and writes 128 bytes; of narrower matrices more lines of
 fewer tiles. Bits rather than booleans leave the kernel: an eighth or a quarter of the
 bytes that it reads, and XLA unpacks them where they are used.
@@ -57,7 +57,8 @@ def _kernel(scores_gmem, bits_gmem, *, lanes, at_most):
         row = ptx.load(scores_gmem.at[rows, i, columns], layout(4))
         row = ptx.regroup(row.astype(jnp.float32), layout=layout(1))
         tile.append([row[..., j : j + 1] for j in range(4)])
-    bits_gmem[rows, columns, :] = transposable_2to4(tile, at_most=at_most)
+    bits = transposable_2to4(tile, at_most=at_most, where_any=ptx.where_any)
+    ptx.store(bits_gmem.at[rows, columns, :], bits)
 
 
 def _tile(rows: int, columns: int) -> tuple[tuple[int, int], int, int]:

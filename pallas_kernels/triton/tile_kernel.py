@@ -1,77 +1,49 @@
 """The 4x4 transposable choice in Triton, and mask + compress of W and Wᵀ under it.
 
 `transposable_2to4` does what that of `tile_selection.py` does, in the same order, with
-the same sums: its tables are made from the choices listed there. A thread has whole
-tiles: Triton splits a block, reshaped to tiles, into its 16 entries.
+the same sums. A thread has whole tiles: Triton splits a block, reshaped to tiles, into
+its 16 entries. A choice is a sum and bits here as well, of which functions take and
+return tuples: the pairs of columns are in the order of `tile_selection.PAIRS`, in which
+pair 5 - p has the columns that pair p has not.
 
 Compiled for sm_80 and sm_90 and interpreted. Not yet run on a GPU.
 """
 
-import itertools
-
 # Triton reads Python of its own, whose types are not those of Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false
 import triton
 import triton.language as tl
 
-from pallas_kernels import tile_selection
+from pallas_kernels.tile_selection import PAIRS, entry_bits
 from pallas_kernels.triton.magnitude_kernel import split_4, store, stored_2to4
 
-# The columns that a row may keep, and from here on the place of each in this list.
-_ROW_CHOICES = [*tile_selection._PAIRS, *((c,) for c in range(4))]
+PAIR_FIRST = tl.constexpr(tuple(i for i, _ in PAIRS))
+PAIR_SECOND = tl.constexpr(tuple(j for _, j in PAIRS))
+BITS = tl.constexpr(tuple(entry_bits(r, c) for r in range(4) for c in range(4)))
 
 
-def _table(choices, row: int):
-    """The choices of two rows, by what they leave to the columns for the other two.
-
-    An entry is a number, which Triton takes as a constant: the place of the upper row's
-    choice, that of the lower row's times 16, the bits of both times 256.
-    """
-    table = {}
-    for upper, lower in choices:
-        bits = sum(1 << (4 * row + c) for c in upper)
-        bits += sum(1 << (4 * (row + 1) + c) for c in lower)
-        places = _ROW_CHOICES.index(upper) | _ROW_CHOICES.index(lower) << 4
-        # A single entry has its row and its column for itself.
-        single = {c for kept in (upper, lower) if len(kept) == 1 for c in kept}
-        rest = tuple(
-            0 if c in single else 2 - (c in upper) - (c in lower) for c in range(4)
-        )
-        table.setdefault(rest, []).append(places | bits << 8)
-    return table
+@triton.jit
+def row_of(a, ROW: tl.constexpr):
+    """The choices of the entries of a row: four sums, four bits."""
+    sums = ()
+    bits = ()
+    for i in tl.static_range(4 * ROW, 4 * ROW + 4):
+        sums = sums + (a[i],)
+        bits = bits + (tl.full(a[i].shape, BITS[i], tl.int32),)
+    return sums, bits
 
 
-_TOP, _BOTTOM = (_table(tile_selection._PAIR_PAIR, row) for row in (0, 2))
-_MIXED = tile_selection._SINGLE_PAIR + tile_selection._PAIR_SINGLE
-_MIXED_TOP, _MIXED_BOTTOM = _table(_MIXED, 0), _table(_MIXED, 2)
-
-
-def _entries(table):
-    return tl.constexpr(tuple(entry for entries in table.values() for entry in entries))
-
-
-def _starts(table):
-    sizes = [len(entries) for entries in table.values()]
-    return tl.constexpr((0, *itertools.accumulate(sizes)))
-
-
-def _partners(table, other):
-    """For each rest of a table the place in the other of the one that completes it."""
-    places = [*other]
-    return tl.constexpr(
-        tuple(places.index(tuple(2 - k for k in rest)) for rest in table)
-    )
-
-
-TOP, BOTTOM = _entries(_TOP), _entries(_BOTTOM)
-PAIR_STARTS = _starts(_TOP)
-MIXED_TOP, MIXED_BOTTOM = _entries(_MIXED_TOP), _entries(_MIXED_BOTTOM)
-MIXED_STARTS = _starts(_MIXED_TOP)
-PAIR_RESTS, MIXED_RESTS = tl.constexpr(len(_TOP)), tl.constexpr(len(_MIXED_TOP))
-BOTTOM_OF_TOP = _partners(_TOP, _BOTTOM)
-BOTTOM_OF_MIXED = _partners(_MIXED_TOP, _BOTTOM)
-TOP_OF_MIXED = _partners(_MIXED_BOTTOM, _TOP)
+@triton.jit
+def both_of(x, y):
+    """The choices of both entries of each column."""
+    sums = ()
+    bits = ()
+    for c in tl.static_range(4):
+        sums = sums + (x[0][c] + y[0][c],)
+        bits = bits + (x[1][c] | y[1][c],)
+    return sums, bits
 
 
 @triton.jit
@@ -82,40 +54,44 @@ def better(total, bits, other_total, other_bits):
 
 
 @triton.jit
-def best(upper, lower, TABLE: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr):
-    """The best of the choices from START on, given the sums of both rows."""
-    total = upper[TABLE[START] & 15] + lower[TABLE[START] >> 4 & 15]
-    bits = tl.full(total.shape, TABLE[START] >> 8, tl.int32)
-    for i in tl.static_range(START + 1, STOP):
-        other = upper[TABLE[i] & 15] + lower[TABLE[i] >> 4 & 15]
-        total, bits = better(total, bits, other, TABLE[i] >> 8)
-    return total, bits
+def cross(x, y):
+    """For every two columns the better of one from x and the other from y."""
+    sums = ()
+    bits = ()
+    for p in tl.static_range(6):
+        total, code = better(
+            x[0][PAIR_FIRST[p]] + y[0][PAIR_SECOND[p]],
+            x[1][PAIR_FIRST[p]] | y[1][PAIR_SECOND[p]],
+            x[0][PAIR_SECOND[p]] + y[0][PAIR_FIRST[p]],
+            x[1][PAIR_SECOND[p]] | y[1][PAIR_FIRST[p]],
+        )
+        sums = sums + (total,)
+        bits = bits + (code,)
+    return sums, bits
 
 
 @triton.jit
-def half(upper, lower, TABLE: tl.constexpr, STARTS: tl.constexpr, RESTS: tl.constexpr):
-    """The best choice of two rows for each rest: a tuple of sums, a tuple of bits."""
-    totals = ()
-    codes = ()
-    for i in tl.static_range(RESTS):
-        total, bits = best(upper, lower, TABLE, STARTS[i], STARTS[i + 1])
-        totals = totals + (total,)
-        codes = codes + (bits,)
-    return totals, codes
+def matched(crossed):
+    """The best of two columns from x and the other two from y, of `cross(x, y)`."""
+    sums, bits = crossed
+    return better(
+        sums[1] + sums[4], bits[1] | bits[4], sums[0] + sums[5], bits[0] | bits[5]
+    )
 
 
 @triton.jit
-def row_sums(a0, a1, a2, a3):
-    """The sums of the choices of a row, in the order of `_ROW_CHOICES`."""
-    return a0 + a1, a0 + a2, a0 + a3, a1 + a2, a1 + a3, a2 + a3, a0, a1, a2, a3
-
-
-@triton.jit
-def joined(total, bits, table, other, PARTNERS: tl.constexpr, RESTS: tl.constexpr):
-    """The best of two halves together, if that is better than `total`, `bits`."""
-    for i in tl.static_range(RESTS):
-        both = table[0][i] + other[0][PARTNERS[i]]
-        total, bits = better(total, bits, both, table[1][i] | other[1][PARTNERS[i]])
+def with_7(total, bits, single, row, both, crossed):
+    """The best mask of which row `single` keeps one entry, if that is better."""
+    one = cross(single, both)
+    for p in tl.static_range(6):
+        two = row[0][PAIR_FIRST[p]] + row[0][PAIR_SECOND[p]]
+        code = (
+            row[1][PAIR_FIRST[p]]
+            | row[1][PAIR_SECOND[p]]
+            | crossed[1][p]
+            | one[1][5 - p]
+        )
+        total, bits = better(total, bits, two + (crossed[0][p] + one[0][5 - p]), code)
     return total, bits
 
 
@@ -146,20 +122,23 @@ def transposable_2to4(tile, AT_MOST: tl.constexpr):
     a = ()
     for i in tl.static_range(16):
         a = a + (number(scores[i], largest),)
-    row0 = row_sums(a[0], a[1], a[2], a[3])
-    row1 = row_sums(a[4], a[5], a[6], a[7])
-    row2 = row_sums(a[8], a[9], a[10], a[11])
-    row3 = row_sums(a[12], a[13], a[14], a[15])
-    top = half(row0, row1, TOP, PAIR_STARTS, PAIR_RESTS)
-    bottom = half(row2, row3, BOTTOM, PAIR_STARTS, PAIR_RESTS)
-    total = top[0][0] + bottom[0][BOTTOM_OF_TOP[0]]
-    bits = top[1][0] | bottom[1][BOTTOM_OF_TOP[0]]
-    total, bits = joined(total, bits, top, bottom, BOTTOM_OF_TOP, PAIR_RESTS)
+    row0, row1, row2, row3 = row_of(a, 0), row_of(a, 1), row_of(a, 2), row_of(a, 3)
+    top, bottom = both_of(row0, row1), both_of(row2, row3)
+    upper, lower, both = cross(row0, row1), cross(row2, row3), cross(top, bottom)
+    total, bits = matched(both)
+    for p in tl.static_range(6):
+        other = (upper[0][p] + lower[0][p]) + both[0][5 - p]
+        code = upper[1][p] | lower[1][p] | both[1][5 - p]
+        total, bits = better(total, bits, other, code)
+    of_upper, of_lower = matched(upper), matched(lower)
+    total, bits = better(
+        total, bits, of_upper[0] + of_lower[0], of_upper[1] | of_lower[1]
+    )
     if AT_MOST:
-        mixed = half(row0, row1, MIXED_TOP, MIXED_STARTS, MIXED_RESTS)
-        total, bits = joined(total, bits, mixed, bottom, BOTTOM_OF_MIXED, MIXED_RESTS)
-        mixed = half(row2, row3, MIXED_BOTTOM, MIXED_STARTS, MIXED_RESTS)
-        total, bits = joined(total, bits, mixed, top, TOP_OF_MIXED, MIXED_RESTS)
+        total, bits = with_7(total, bits, row0, row1, bottom, lower)
+        total, bits = with_7(total, bits, row1, row0, bottom, lower)
+        total, bits = with_7(total, bits, row2, row3, top, upper)
+        total, bits = with_7(total, bits, row3, row2, top, upper)
     return bits
 
 

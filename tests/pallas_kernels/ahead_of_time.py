@@ -76,6 +76,10 @@ class Compiled:
         found = re.findall(r"(\d+) bytes spill (?:stores|loads)", self.report)
         return sum(int(count) for count in found)
 
+    def instructions(self) -> int:
+        """Machine instructions; needs `sass`."""
+        return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", self.sass or "", re.M))
+
     def registers(self) -> int:
         """Registers of a thread."""
         return max(int(n) for n in re.findall(r"Used (\d+) registers", self.report))

@@ -124,3 +124,22 @@ def wgmma_sp(
                 selector,
             )
     return out
+
+
+def prmt(low: np.ndarray, high: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """`prmt.b32` (PTX ISA, "Data movement and conversion instructions").
+
+    Args:
+      low: uint32, bytes 0 to 3 of those to choose from.
+      high: uint32, bytes 4 to 7.
+      places: uint32; of nibbles 0 to 3 the low three bits choose bytes 0 to 3 of the
+        result, and the fourth asks for copies of the sign of the byte.
+    """
+    pool = np.stack([(x >> 8 * i) & 255 for x in (low, high) for i in range(4)], -1)
+    out = np.zeros(np.broadcast_shapes(low.shape, places.shape), np.uint32)
+    for byte in range(4):
+        nibble = (places >> 4 * byte) & 15
+        chosen = np.take_along_axis(pool, (nibble & 7)[..., None], -1)[..., 0]
+        chosen = np.where(nibble & 8, np.where(chosen & 128, 255, 0), chosen)
+        out |= (chosen << 8 * byte).astype(np.uint32)
+    return out

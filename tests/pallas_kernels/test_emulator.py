@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import nmjax
-from pallas_kernels import compress
+from pallas_kernels import compress, compression_mosaic, ptx
 from pallas_kernels.reference import compress_2to4
 from tests.pallas_kernels import emulator
 
@@ -78,3 +78,41 @@ def test_what_wgmma_reads_from_registers(rng):
             4, 32, 4
         )
     np.testing.assert_array_equal(out.reshape(64, 16), np.where(mask, w, 0) @ b)
+
+
+def test_what_prmt_picks_of_a_mask_is_what_the_interpreter_picks():
+    """For all 90 masks, rows and columns: the pair that is kept, and its nibble."""
+    masks = (np.arange(2**16)[:, None] >> np.arange(16) & 1).reshape(-1, 4, 4)
+    masks = masks[(masks.sum(1) == 2).all(1) & (masks.sum(2) == 2).all(1)]
+    assert len(masks) == 90
+    bits = (masks.reshape(90, 16) << np.arange(16)).sum(1).astype(np.uint32)
+    entries = np.arange(1, 17, dtype=np.uint16).reshape(4, 4)
+    first, second, nibbles = (
+        emulator.prmt(
+            *np.array(table, np.uint8).view(np.uint32)[:, None], bits & 0x7777
+        )
+        for table in (
+            compression_mosaic._FIRST,
+            compression_mosaic._SECOND,
+            compression_mosaic._NIBBLE,
+        )
+    )
+    for row in range(4):
+        kept = np.nonzero(masks[:, row])[1].reshape(90, 2)
+        both = emulator.prmt(first, second, np.uint32(row | (4 + row) << 4)[None])
+        low, high = entries[row].view(np.uint32)
+        pair = emulator.prmt(np.full_like(both, low), np.full_like(both, high), both)
+        pair = pair.view(np.uint16).reshape(90, 2)
+        np.testing.assert_array_equal(pair, entries[row][kept])
+        np.testing.assert_array_equal(
+            (nibbles >> 8 * row) & 15, kept[:, 0] | kept[:, 1] << 2
+        )
+        index = jnp.asarray(bits.view(np.int32))[:, None]
+        meanings = [
+            ptx._lookup_meaning(index, table)
+            for table in (compression_mosaic._FIRST, compression_mosaic._SECOND)
+        ]
+        meant = ptx._pick_pair_meaning(
+            jnp.broadcast_to(entries[row], (90, 4)), *meanings, byte=row, layout=None
+        )
+        np.testing.assert_array_equal(meant, pair)

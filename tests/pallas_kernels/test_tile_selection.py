@@ -98,6 +98,36 @@ def test_each_mask_is_found_where_it_alone_is_best(at_most, count, select):
     np.testing.assert_array_equal(select(masks.astype(np.float32), at_most), masks)
 
 
+@pytest.mark.parametrize("at_most", [False, True])
+def test_the_high_bits_are_the_transpose(at_most, rng):
+    tiles = jnp.asarray(rng.integers(-2, 9, (4, 4, 300)))
+    bits = np.asarray(transposable_2to4(tiles, at_most=at_most))
+    low, high = (
+        (bits[:, None] >> np.arange(start, start + 16) & 1).reshape(-1, 4, 4)
+        for start in (0, 16)
+    )
+    np.testing.assert_array_equal(high, low.swapaxes(1, 2))
+
+
+def test_a_branch_around_what_changes_nothing(rng):
+    """`where_any` may leave out the treatment of tiles that need none."""
+    tiles = jnp.asarray(rng.standard_normal((4, 4, 100)), jnp.float32)
+    asked = []
+
+    def where_any(condition, function, operand):
+        asked.append(np.asarray(condition))
+        return function(operand) if condition.any() else operand
+
+    bits = transposable_2to4(tiles, where_any=where_any)
+    np.testing.assert_array_equal(bits, transposable_2to4(tiles))
+    assert not asked[0].any()
+    for value in (np.nan, np.inf, -np.inf, 2.0**119):
+        bits = transposable_2to4(tiles.at[1, 2, 7].set(value), where_any=where_any)
+        expected = transposable_2to4(tiles.at[1, 2, 7].set(value))
+        np.testing.assert_array_equal(bits, expected)
+        np.testing.assert_array_equal(np.nonzero(asked[-1])[0], [7])
+
+
 def test_a_constant_tile_keeps_the_lower_columns_first(select):
     expected = np.kron(np.eye(2), np.ones((2, 2))).astype(bool)
     for at_most in (False, True):
