@@ -25,6 +25,7 @@ class Method:
       trains: Whether it is trained; if not, it is what the recipe makes of `start`.
       prune: Function of `nmjax.pruning` that prunes `start`, with training images to
         calibrate it; None = by magnitude.
+      dense_share: Share of the epochs, from the first on, in which it trains dense.
       reestimate: Whether batch norm sees training images again before the test.
       options: Options of its training that differ from those of the comparison.
     """
@@ -36,6 +37,7 @@ class Method:
     start: str | None = None
     trains: bool = True
     prune: str | None = None
+    dense_share: float = 0.0
     reestimate: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -69,8 +71,18 @@ METHODS: dict[str, Method] = {
     # 0.1 and 0.5 on held-out training images, though by less than seeds differ.
     "sr_ste": Method("SR-STE", "sr_ste", {"decay": 2e-4}),
     "sr_ste_scaled": Method("SR-STE, λ = 0.02", "sr_ste", {"decay": 0.02}),
+    "sr_ste_dense_start": Method(
+        "SR-STE, first third dense", "sr_ste", {"decay": 2e-4}, dense_share=1 / 3
+    ),
     "ste": Method("STE", "ste"),
     "transposable": Method("transposable", "transposable"),
+    # The paper's 40 steps between two choices of the mask belong to longer runs.
+    "transposable_dense_start": Method(
+        "transposable, first third dense, mask every step",
+        "transposable",
+        {"refresh": 1},
+        dense_share=1 / 3,
+    ),
     "bi_mask": Method("Bi-Mask", "bi_mask"),
     "fst": Method("FST", "fst"),
     "semi_sparse_weight": Method(
@@ -275,6 +287,9 @@ def options_of(arm: Arm, options: CompareOptions, fold: int, seed: int) -> Optio
         changes |= {"epochs": options.epochs, "lr_warmup_epochs": warmup}
     if options.train_size is not None:
         changes["train_size"] = options.train_size
+    if method.dense_share:
+        epochs = options.epochs or base.optim.epochs
+        changes["dense_epochs"] = max(1, round(method.dense_share * epochs))
     return base.replace(**{**changes, **method.options})
 
 

@@ -27,7 +27,6 @@ the `custom_vjp`: the comment there is for the user.
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -36,6 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nmjax.equation import Equation
 from nmjax.patches import patches_of
 from nmjax.pattern import NMPattern
 from nmjax.recipe import Recipe
@@ -331,31 +331,19 @@ def nm_einsum(
     Raises:
       ValueError: The equation is of another form; or as `nm_dot_general`.
     """
-    operands, result = equation.replace(" ", "").split("->")
-    left, right = operands.split(",")
-    if "." in left:
-        unused = (c for c in map(chr, range(0x100, 0x200)) if c not in equation)
-        hidden = x.ndim - len(left.replace("...", ""))
-        letters = "".join(itertools.islice(unused, hidden))
-        left, result = (side.replace("...", letters) for side in (left, result))
-    counts = [(c in left) + (c in right) + (c in result) for c in {*left, *right}]
-    twice = any(len(side) != len(set(side)) for side in (left, right, result))
-    if "." in right + result or twice or 1 in counts:
+    read = Equation.read(equation).for_ndim(x.ndim)
+    if not read.is_gemm():
         raise ValueError(
             f"einsum equation {equation!r} is not one GEMM of activations and kernel: "
             "a letter occurs once, or twice in one operand; leave this layer dense"
         )
-    batch = [c for c in left if c in right and c in result]
-    contracted = [c for c in right if c in left and c not in result]
-    numbers = (
-        ([left.index(c) for c in contracted], [right.index(c) for c in contracted]),
-        ([left.index(c) for c in batch], [right.index(c) for c in batch]),
+    numbers = tuple(
+        ([read.x.index(c) for c in letters], read.axes(letters))
+        for letters in (read.contracted, read.batch)
     )
     y = nm_dot_general(x, w, numbers, precision, preferred_element_type, **aux)
-    rows = [c for c in left if c not in right]
-    columns = [c for c in right if c not in left]
-    order = [*batch, *rows, *columns]
-    return jnp.transpose(y, [order.index(c) for c in result])
+    order = read.batch + read.rows + read.columns
+    return jnp.transpose(y, [order.index(c) for c in read.result])
 
 
 def nm_conv(

@@ -15,6 +15,7 @@ import jax
 from flax import linen as nn
 from flax.core import meta
 
+from nmjax.equation import Equation
 from nmjax.paths import map_named, named_leaves
 from nmjax.planning import EMBEDDING, Candidate, PlanError, is_weight
 from nmjax.sparse_kernel import OPS
@@ -243,10 +244,8 @@ def einsum_axes(equation: str) -> tuple[int, ...] | None:
       Positions counted from the front, those absent from the result; None where the
       second operand has an ellipsis or nothing is contracted.
     """
-    operands, result = equation.replace(" ", "").split("->")
-    kernel = operands.split(",")[1]
-    axes = tuple(i for i, letter in enumerate(kernel) if letter not in result)
-    return None if "." in kernel or not axes else axes
+    read = Equation.read(equation)
+    return None if "." in read.kernel else read.axes(read.contracted) or None
 
 
 def einsum_out_axes(equation: str) -> tuple[int, ...]:
@@ -255,13 +254,8 @@ def einsum_out_axes(equation: str) -> tuple[int, ...]:
     Returns:
       Positions counted from the front.
     """
-    operands, result = equation.replace(" ", "").split("->")
-    inputs, kernel = operands.split(",")
-    return tuple(
-        i
-        for i, letter in enumerate(kernel)
-        if letter in result and letter not in inputs
-    )
+    read = Equation.read(equation)
+    return read.axes(read.columns)
 
 
 def own_hook(layer: nn.Module) -> str:

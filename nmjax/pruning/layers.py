@@ -5,9 +5,10 @@ A layer multiplies features of its input by its kernel, seen as a matrix (k, out
     y = φ(x) · W          φ(x): (samples, k)
 
 For a Dense layer φ(x) is x; for a convolution, the patches under the window. A
-convolution with f feature groups is f such products side by side. φ comes from the
-layer itself: with the identity as its kernel it returns the features, whatever its
-strides, padding and dilation are.
+convolution with f feature groups is f such products side by side, and an Einsum is one
+for each value of the letters that all its operands share. φ comes from the layer
+itself: with the identity as its kernel it returns the features, whatever its strides,
+padding and dilation are; that of an Einsum, from its equation.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from nmjax.equation import Equation
 
 Parameters = dict[str, Any]
 """A layer's own: "kernel", and "bias" where it has one."""
@@ -47,20 +50,44 @@ class Layer:
             return module.apply({"params": parameters}, x.astype(jnp.float32))
         return _nnx(module, parameters["kernel"], bias)(x.astype(jnp.float32))
 
+    def matrices(self, ndim: int, axes: tuple[int, ...]) -> "Matrices":
+        """How its kernel is matrices.
+
+        Args:
+          ndim: Number of axes of the kernel.
+          axes: Those that the GEMM contracts, from the front or the end, as in the
+            plan; N:M groups are along the last.
+        """
+        axes = tuple(axis % ndim for axis in axes)
+        if _is_einsum(self.module):
+            equation = Equation.read(self.module.einsum_str)
+            batch, columns = map(equation.axes, (equation.batch, equation.columns))
+            return Matrices(batch, axes, columns)
+        # A kernel's outputs follow what it contracts. A transposed kernel (…, out, in)
+        # alone has them before; what else comes before the contracted axes is a window.
+        columns = tuple(range(axes[-1] + 1, ndim)) or (axes[-1] - 1,)
+        rows = tuple(axis for axis in range(ndim) if axis not in columns)
+        return Matrices((), rows, columns, self._feature_groups)
+
     @property
-    def groups(self) -> int:
-        """Number of feature groups; 1 for all but grouped convolutions."""
+    def _feature_groups(self) -> int:
         return getattr(self.module, "feature_group_count", 1)
 
     def features(self, x: jax.Array, k: int) -> jax.Array:
-        """φ(x) for each feature group: (groups, samples, k) in float32.
+        """φ(x) for each matrix of the kernel: (matrices, samples, k) in float32.
 
         Args:
           x: The layer's input.
-          k: Number of rows of the kernel as a matrix.
+          k: Number of rows of the matrices.
         """
-        window = self._window(x, k)
-        identity = jnp.tile(jnp.eye(k, dtype=jnp.float32), (1, self.groups))
+        if _is_einsum(self.module):
+            equation = Equation.read(self.module.einsum_str).for_ndim(x.ndim)
+            parts = equation.batch, equation.rows, equation.contracted
+            order = [equation.x.index(letter) for letter in "".join(parts)]
+            sizes = [math.prod(x.shape[equation.x.index(c)] for c in p) for p in parts]
+            return jnp.transpose(x.astype(jnp.float32), order).reshape(sizes)
+        window, groups = self._window(x, k), self._feature_groups
+        identity = jnp.tile(jnp.eye(k, dtype=jnp.float32), (1, groups))
         kernel = identity.reshape(*window, -1)
         if getattr(self.module, "transpose_kernel", False):
             kernel = jnp.swapaxes(kernel, -1, -2)
@@ -70,7 +97,7 @@ class Layer:
             y = module.apply({"params": {"kernel": kernel}}, x)
         else:
             y = _nnx(module, kernel, None)(x)
-        return jnp.moveaxis(y.reshape(-1, self.groups, k), 1, 0)
+        return jnp.moveaxis(y.reshape(-1, groups, k), 1, 0)
 
     def _window(self, x: jax.Array, k: int) -> tuple[int, ...]:
         """The kernel's axes that make up its k rows."""
@@ -91,6 +118,12 @@ def why_not_a_gemm(layer: Layer) -> str:
         match cls.__name__:
             case "Dense" | "Linear" | "Conv" | "ConvTranspose":
                 return ""
+            case "Einsum" if module.einsum_str is None:
+                return "its equation is given at the call"
+            case "Einsum":
+                equation = module.einsum_str
+                is_gemm = Equation.read(equation).is_gemm()
+                return "" if is_gemm else f"{equation!r} is not one GEMM"
             case "DenseGeneral" if module.batch_dims == ():
                 return ""
             case "LinearGeneral" if not module.batch_axis:
@@ -100,40 +133,46 @@ def why_not_a_gemm(layer: Layer) -> str:
     return f"{cls.__name__} is not a layer whose features are known"
 
 
-def to_matrices(kernel: jax.Array, axes: tuple[int, ...], groups: int) -> jax.Array:
-    """A kernel as matrices: (groups, k, out / groups), N:M groups along k.
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """How a kernel is matrices (k, out): its axes, counted from the front.
 
-    Args:
-      kernel: As the layer has it.
-      axes: The axes that the GEMM contracts, counted from the end, as in the plan.
-      groups: Number of feature groups.
+    Attributes:
+      batch: For each value of these there is a matrix.
+      rows: Together k; N:M groups are along the last.
+      columns: Together the outputs.
+      groups: Feature groups that the columns are cut into: a matrix each.
     """
-    rows, columns = _split(kernel.ndim, axes)
-    moved = jnp.transpose(kernel, rows + columns)
-    k = math.prod(kernel.shape[axis] for axis in rows)
-    return jnp.moveaxis(moved.reshape(k, groups, -1), 1, 0)
+
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.batch + self.rows + self.columns
+
+    def of(self, kernel: jax.Array) -> jax.Array:
+        """The matrices of a kernel: (matrices, k, out)."""
+        moved = jnp.transpose(kernel, self._order)
+        batch, k = (
+            math.prod(kernel.shape[axis] for axis in axes)
+            for axes in (self.batch, self.rows)
+        )
+        split = moved.reshape(batch, k, self.groups, -1)
+        return jnp.moveaxis(split, 2, 1).reshape(batch * self.groups, k, -1)
+
+    def kernel(self, matrices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The kernel of `shape` that `of` made the matrices from."""
+        count, k, _ = matrices.shape
+        split = matrices.reshape(count // self.groups, self.groups, k, -1)
+        moved = jnp.moveaxis(split, 1, 2).reshape([shape[a] for a in self._order])
+        return jnp.transpose(moved, [self._order.index(a) for a in range(len(shape))])
 
 
-def from_matrices(
-    matrices: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]
-) -> jax.Array:
-    """The inverse of `to_matrices`, for a kernel of `shape`."""
-    rows, columns = _split(len(shape), axes)
-    order = rows + columns
-    moved = jnp.moveaxis(matrices, 0, 1).reshape([shape[axis] for axis in order])
-    return jnp.transpose(moved, [order.index(axis) for axis in range(len(shape))])
-
-
-def _split(ndim: int, axes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axes from the front: those of the rows, that of the groups last; the others.
-
-    A kernel's outputs follow what it contracts. A transposed kernel (…, out, in) alone
-    has them before; what comes before a single contracted axis otherwise is a window.
-    """
-    axes = tuple(axis % ndim for axis in axes)
-    last = axes[-1]
-    columns = tuple(range(last + 1, ndim)) or (last - 1,)
-    return tuple(axis for axis in range(ndim) if axis not in columns), columns
+def _is_einsum(module: Any) -> bool:
+    return type(module).__name__ == "Einsum"
 
 
 def _linen(module: nn.Module, **fields: Any) -> Any:

@@ -13,7 +13,6 @@ and for each row pass the error of what was dropped on to the later rows.
 """
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,9 +26,9 @@ from nmjax.paths import named_leaves
 from nmjax.pattern import NMPattern
 from nmjax.planning import Plan
 from nmjax.pruning.calibration import Batch, Calibration, with_leaves
-from nmjax.pruning.layers import Layer, from_matrices, to_matrices, why_not_a_gemm
+from nmjax.pruning.layers import Layer, Matrices, why_not_a_gemm
 from nmjax.pruning.report import LayerReport, Pruned
-from nmjax.rules import Rules, layer_path
+from nmjax.rules import Rules
 from nmjax.sparsity import Sparsity
 
 # Rows whose errors are passed on to the rows behind them in one GEMM.
@@ -72,31 +71,26 @@ def sparse_gpt(
       Parameters, plan and the error of each layer.
 
     Raises:
-      ValueError: A layer of the plan is no plain GEMM or convolution, its axis is
-        ragged, its recipe's mask is not by magnitude, or its inputs cannot be had (see
-        `nmjax.pruning.calibration`); `damping` is not above 0; a calibration input is
-        not finite.
+      ValueError: A layer of the plan is no GEMM or convolution, its recipe's mask is
+        not by magnitude, or its inputs cannot be had (see `nmjax.pruning.calibration`);
+        `damping` is not above 0; a calibration input is not finite.
       PlanError: As `nmjax.plan`.
     """
     if not damping > 0:
         raise ValueError(f"damping must be above 0, got {damping}")
     masks = ("magnitude",)
     calibration = Calibration(model, rules, batches, variables, kwargs, masks)
-    _refuse_ragged(calibration.plan)
     order = calibration.order()
     params, reports = calibration.params, []
     hessians = {} if sequential else _hessians(calibration, params, order)
     for path in order:
         if sequential:
             hessians = _hessians(calibration, params, [path])
-        hessian, samples = hessians.pop(path)
-        entry, pattern = calibration.plan[path], calibration.sparsity(path).pattern
-        kernel = named_leaves(calibration.params)[path]
-        w = to_matrices(
-            jnp.asarray(kernel, jnp.float32), entry.axes, len(hessian)
-        )  # (groups, k, out / groups)
-        new, *errors = _prune_layer(path, w, hessian, pattern, damping)
-        pruned = from_matrices(new, entry.shape, entry.axes)
+        hessian, samples, matrices = hessians.pop(path)
+        kernel = jnp.asarray(named_leaves(calibration.params)[path], jnp.float32)
+        pruned, *errors = _prune_layer(
+            path, kernel, matrices, hessian, calibration.sparsity(path), damping
+        )
         report = LayerReport(path, samples, *errors)
         params = with_leaves(params, {path: pruned})
         reports.append(report)
@@ -135,27 +129,20 @@ def obs_prune(
             f"(k, k), got {w.shape} and {hessian.shape}"
         )
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
-    return _obs_prune(w, hessian, jnp.float32(damping), pattern)
-
-
-def _refuse_ragged(plan: Plan) -> None:
-    for entry in plan.sparse:
-        pattern = Sparsity.of(entry).pattern
-        if entry.shape[entry.axis] % pattern.m:
-            rule = f"nmjax.Rule({re.escape(layer_path(entry.path))!r}, None)"
-            raise ValueError(
-                f"{entry.path}: axis {entry.axis} of shape {entry.shape} is ragged for "
-                f"{pattern}, which sparse_gpt cannot prune: leave it dense, {rule}, or "
-                "use ada_prune"
-            )
+    whole = jnp.zeros(len(w), bool)
+    return _obs_prune(w, hessian, whole, jnp.float32(damping), pattern)
 
 
 def _hessians(
     calibration: Calibration, params: Any, paths: list[str]
-) -> dict[str, tuple[jax.Array, int]]:
-    """2 XᵀX / samples of each layer, (groups, k, k), and the number of samples."""
+) -> dict[str, tuple[jax.Array, int, Matrices]]:
+    """2 XᵀX / samples of each layer, the number of samples, and its kernel's matrices.
+
+    The first is (matrices, k, k).
+    """
     sums: dict[str, Any] = {}
     counts = dict.fromkeys(paths, 0)
+    views: dict[str, Matrices] = {}
     add: dict[str, Any] = {}
     for layer, x in calibration.inputs(params, paths):
         entry = calibration.plan[layer.path]
@@ -165,47 +152,79 @@ def _hessians(
                     f"{layer.path}: sparse_gpt cannot prune it ({reason}): leave it "
                     "dense by a rule, or use ada_prune"
                 )
+            view = layer.matrices(len(entry.shape), entry.axes)
             kernel = jax.ShapeDtypeStruct(entry.shape, jnp.float32)
-            view = functools.partial(to_matrices, axes=entry.axes, groups=layer.groups)
-            groups, k, _ = jax.eval_shape(view, kernel).shape
-            sums[layer.path] = jnp.zeros((groups, k, k), jnp.float32)
+            count, k, _ = jax.eval_shape(view.of, kernel).shape
+            sums[layer.path] = jnp.zeros((count, k, k), jnp.float32)
+            views[layer.path] = view
             add[layer.path] = jax.jit(functools.partial(_add, layer, k))
         sums[layer.path], samples = add[layer.path](sums[layer.path], x)
         counts[layer.path] += int(samples)
-    return {path: (2 / counts[path] * sums[path], counts[path]) for path in paths}
+    return {
+        path: (2 / counts[path] * sums[path], counts[path], views[path])
+        for path in paths
+    }
 
 
 def _add(layer: Layer, k: int, total: jax.Array, x: jax.Array):
-    features = layer.features(x, k)  # (groups, samples, k)
+    features = layer.features(x, k)  # (matrices, samples, k)
     return total + _dot(jnp.swapaxes(features, 1, 2), features), features.shape[1]
 
 
 def _prune_layer(
-    path: str, w: jax.Array, hessian: jax.Array, pattern: NMPattern, damping: float
+    path: str,
+    kernel: jax.Array,
+    matrices: Matrices,
+    hessian: jax.Array,
+    sparsity: Sparsity,
+    damping: float,
 ) -> tuple[jax.Array, float, float]:
-    """The pruned matrices, and the relative errors of magnitude pruning and theirs."""
-    prune = jax.vmap(functools.partial(_obs_prune, pattern=pattern), (0, 0, None))
-    new = prune(w, hessian, jnp.float32(damping))
+    """The pruned kernel, and the relative errors of magnitude pruning and its own."""
+    axis, pattern = matrices.rows[-1], sparsity.pattern
+    size = kernel.shape[axis]
+    # A ragged axis gets zero weights that no input reads; what is behind the last
+    # whole group stays whole, or is one more group together with them.
+    missing = -size % pattern.m
+    k, padded_k = hessian.shape[-1], hessian.shape[-1] // size * (size + missing)
+    widths = [(0, missing * (a == axis)) for a in range(kernel.ndim)]
+    padded = jnp.pad(kernel, widths)
+    whole = jnp.arange(size + missing) >= size - size % pattern.m
+    whole = jnp.tile(whole & (sparsity.ragged == "dense-tail"), k // size)
+    hessian = hessian.reshape(-1, k // size, size, k // size, size)
+    hessian = jnp.pad(hessian, [(0, 0), (0, 0), (0, missing), (0, 0), (0, missing)])
+    hessian = hessian.reshape(-1, padded_k, padded_k)
+    share = jnp.float32(damping * padded_k / k)  # of a mean that zeros are part of
+
+    w = matrices.of(padded)
+    prune = functools.partial(_obs_prune, pattern=pattern)
+    new = jax.vmap(prune, (0, 0, None, None))(w, hessian, whole, share)
     if not np.isfinite(new).all():
         raise ValueError(
             f"{path}: its Hessian has no Cholesky factor in float32: its calibration "
             f"inputs are not finite, or damping must be above {damping}"
         )
-    dense, magnitude, error = map(float, _costs(w, new, hessian, pattern))
-    return new, magnitude / max(dense, 1e-30), error / max(dense, 1e-30)
+    dense, magnitude, error = map(float, _costs(w, new, hessian, whole, pattern))
+    pruned = lax.slice_in_dim(matrices.kernel(new, padded.shape), 0, size, axis=axis)
+    return pruned, magnitude / max(dense, 1e-30), error / max(dense, 1e-30)
 
 
 @functools.partial(jax.jit, static_argnames="pattern")
-def _costs(w, new, hessian, pattern):
+def _costs(w, new, hessian, whole, pattern):
     """tr(Δᵀ H Δ) of dropping everything, of magnitude pruning and of `new`."""
-    plain = jnp.where(magnitude_mask(w, pattern), w, 0)
+    mask = magnitude_mask(w, pattern) | whole[:, None]
+    plain = jnp.where(mask, w, 0)
     return [jnp.sum(d * _dot(hessian, d)) for d in (w, plain - w, new - w)]
 
 
 @functools.partial(jax.jit, static_argnames="pattern")
 def _obs_prune(
-    w: jax.Array, hessian: jax.Array, damping: jax.Array, pattern: NMPattern
+    w: jax.Array,
+    hessian: jax.Array,
+    whole: jax.Array,
+    damping: jax.Array,
+    pattern: NMPattern,
 ) -> jax.Array:
+    """As `obs_prune`; rows of `whole`, (k,) bool, are kept."""
     k, out = w.shape
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0
@@ -219,7 +238,8 @@ def _obs_prune(
     # Padding that nothing is passed on to: zero weights with a Hessian of 1.
     u = jnp.pad(u, ((0, missing), (0, missing)))
     u += jnp.diag((jnp.arange(len(u)) >= k).astype(jnp.float32))
-    w, dead = jnp.pad(w, ((0, missing), (0, 0))), jnp.pad(dead, (0, missing))
+    w = jnp.pad(w, ((0, missing), (0, 0)))
+    dead, whole = (jnp.pad(rows_of, (0, missing)) for rows_of in (dead, whole))
 
     def prune_block(i, w):
         start = i * rows
@@ -227,7 +247,8 @@ def _obs_prune(
         u_mine = lax.dynamic_slice(u, (start, 0), (rows, len(u)))
         u_block = lax.dynamic_slice(u_mine, (0, start), (rows, rows))
         dead_mine = lax.dynamic_slice(dead, (start,), (rows,))
-        mine, errors = _prune_rows(mine, u_block, dead_mine, pattern)
+        whole_mine = lax.dynamic_slice(whole, (start,), (rows,))
+        mine, errors = _prune_rows(mine, u_block, dead_mine, whole_mine, pattern)
         later = jnp.arange(len(u)) >= start + rows
         w = w - _dot(jnp.where(later, u_mine, 0).T, errors)
         return lax.dynamic_update_slice(w, mine, (start, 0))
@@ -244,7 +265,7 @@ def _inverse_factor(hessian: jax.Array) -> jax.Array:
 
 
 def _prune_rows(
-    w: jax.Array, u: jax.Array, dead: jax.Array, pattern: NMPattern
+    w: jax.Array, u: jax.Array, dead: jax.Array, whole: jax.Array, pattern: NMPattern
 ) -> tuple[jax.Array, jax.Array]:
     """Prunes some rows, group by group; also gives the errors w_j / U_jj dropped."""
     m, out = pattern.m, w.shape[1]
@@ -258,6 +279,7 @@ def _prune_rows(
         size = jnp.abs(group)
         scores = size / spread[:, None]  # the root of what dropping the weight costs
         mask = nm_mask(jnp.where(idle[:, None], -1 / size, scores), pattern)
+        mask |= lax.dynamic_slice(whole, (g * m,), (m,))[:, None]
 
         def prune_row(i, carry):
             w, errors = carry

@@ -37,6 +37,12 @@ class TestMethods:
         for argument, value in method.arguments.items():
             assert getattr(rules[-1].recipe, argument) == value
 
+    @pytest.mark.parametrize("epochs, dense", [(None, 5), (6, 2), (2, 1)])
+    def test_a_third_of_the_epochs_is_dense(self, epochs, dense):
+        options = CompareOptions(epochs=epochs)
+        run = options_of(Arm("sr_ste_dense_start", "2:4"), options, 0, 0)
+        assert single.train_config(run).dense_epochs == dense
+
     def test_recipes_are_those_of_the_library(self):
         made = {
             name

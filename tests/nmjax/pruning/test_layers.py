@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from nmjax.pruning.layers import Layer, from_matrices, to_matrices, why_not_a_gemm
+from nmjax.pruning.layers import Layer, why_not_a_gemm
 from tests.foreign import draw
 
 IMAGE = (2, 7, 6, 8)
@@ -27,6 +27,14 @@ LINEN = {
         nn.ConvTranspose(5, (3, 3), strides=(2, 2), transpose_kernel=True),
         IMAGE,
         (-1,),
+    ),
+    "einsum": (nn.Einsum((8, 2, 3), "...d,dhk->...hk"), (3, 4, 8), (-3,)),
+    "einsum_two": (nn.Einsum((2, 8, 5), "bhk,hkd->bd"), (3, 2, 8), (-3, -2)),
+    "einsum_out_first": (nn.Einsum((5, 8), "bd,cd->bc"), (3, 8), (-1,)),
+    "einsum_experts": (
+        nn.Einsum((2, 8, 5), "bed,edf->bef", use_bias=False),
+        (3, 2, 8),
+        (-2,),
     ),
 }
 NNX = {
@@ -57,20 +65,21 @@ NNX = {
 
 def assert_features_times_kernel_is_the_layer(layer, parameters, x, axes, expected):
     kernel = parameters["kernel"]
-    w = to_matrices(kernel, axes, layer.groups)
+    matrices = layer.matrices(kernel.ndim, axes)
+    w = matrices.of(kernel)
     features = layer.features(x, w.shape[1])
     y = jnp.moveaxis(features @ w, 0, 1).reshape(expected.shape)  # (samples, g, out)
     y += parameters.get("bias", 0)
     np.testing.assert_allclose(y, expected, atol=2e-5)
     np.testing.assert_allclose(layer(parameters, x), expected, atol=2e-5)
-    back = from_matrices(w, kernel.shape, axes)
+    back = matrices.kernel(w, kernel.shape)
     np.testing.assert_array_equal(back, kernel)
     # m consecutive rows of a matrix are m consecutive channels of the kernel.
     channel = np.broadcast_to(
         np.expand_dims(np.arange(kernel.shape[axes[-1]]), list(range(1, -axes[-1]))),
         kernel.shape,
     )
-    rows = to_matrices(jnp.asarray(channel), axes, layer.groups)[..., 0]
+    rows = matrices.of(jnp.asarray(channel))[..., 0]
     expected_rows = np.arange(rows.shape[1]) % kernel.shape[axes[-1]]
     np.testing.assert_array_equal(rows, np.broadcast_to(expected_rows, rows.shape))
 
@@ -114,8 +123,13 @@ def test_a_bfloat16_layer_is_judged_in_float32(rng):
 
 
 def test_what_is_no_gemm_says_so():
-    einsum = Layer("kernel", nn.Einsum((8, 5), "bi,io->bo"))
-    assert "Einsum" in why_not_a_gemm(einsum)
+    for equation, reason in (
+        ("bi,io->o", "not one GEMM"),  # sums over the batch
+        ("bi,...io->b...o", "not one GEMM"),
+        (None, "given at the call"),
+    ):
+        assert reason in why_not_a_gemm(Layer("kernel", nn.Einsum((8, 5), equation)))
+    assert not why_not_a_gemm(Layer("kernel", nn.Einsum((8, 5), "...i,io->...o")))
     batched = Layer("kernel", nn.DenseGeneral(5, axis=-1, batch_dims=0))
     assert "batch dimensions" in why_not_a_gemm(batched)
     assert not why_not_a_gemm(Layer("kernel", nn.Conv(5, (3, 3))))

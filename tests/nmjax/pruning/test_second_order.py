@@ -15,16 +15,20 @@ from tests import oracle
 from tests.foreign import MODELS
 
 
-def obs_reference(w, hessian, n, m, damping=0.01):
+def obs_reference(w, hessian, n, m, damping=0.01, ragged=None):
     """Drops row after row; the inverse Hessian of the rows left is inverted anew."""
     w, k = np.array(w, np.float64), len(w)
     h = np.array(hessian, np.float64)
     h += damping * np.mean(np.diag(h)) * np.eye(k)
     inverse = [np.linalg.inv(h[j:, j:]) for j in range(k)]  # of the rows from j on
     for start in range(0, k, m):
-        cost = [w[j] ** 2 / inverse[j][0, 0] for j in range(start, start + m)]
-        mask = oracle.nm_mask(np.array(cost), n, m)
-        for j, kept in zip(range(start, start + m), mask, strict=True):
+        group = range(start, min(start + m, k))
+        cost = np.full((m, *w.shape[1:]), -np.inf)
+        cost[: len(group)] = [w[j] ** 2 / inverse[j][0, 0] for j in group]
+        mask = oracle.nm_mask(cost, n, m)
+        if len(group) < m and ragged == "dense-tail":
+            mask[:] = True
+        for j, kept in zip(group, mask, strict=False):
             error = np.where(kept, 0, w[j]) / inverse[j][0, 0]
             w[j:] -= np.outer(inverse[j][0], error)
             w[j] = np.where(kept, w[j], 0)
@@ -200,6 +204,7 @@ def test_later_layers_see_the_pruned_network(rng):
 @pytest.mark.parametrize(
     "name",
     [
+        "linen_einsum",
         pytest.param("linen_image_decoder", marks=pytest.mark.slow),
         pytest.param("linen_mobilenet", marks=pytest.mark.slow),
         pytest.param("linen_transformer", marks=pytest.mark.slow),
@@ -227,6 +232,7 @@ def test_foreign_linen_models(name):
     "name",
     [
         "nnx_autoencoder",
+        "nnx_mixer",
         pytest.param("nnx_conv_net", marks=pytest.mark.slow),
         pytest.param("nnx_transformer", marks=pytest.mark.slow),
     ],
@@ -246,20 +252,62 @@ def test_foreign_nnx_models(name):
     nnx.update(model, result.params)  # and the model takes them
 
 
-def test_a_layer_without_features_is_refused():
-    foreign = MODELS["linen_einsum"]
-    with pytest.raises(ValueError, match="q/kernel: sparse_gpt cannot prune.*Einsum"):
-        sparse_gpt(
-            foreign.build(), "2:4", [foreign.inputs()], variables=foreign.variables()
+@pytest.mark.parametrize("ragged", ["pad", "dense-tail"])
+def test_a_ragged_axis(ragged, rng):
+    x = correlated(rng, 64, 11).astype(np.float32)
+    w = rng.normal(size=(11, 6)).astype(np.float32)
+    result = sparse_gpt(
+        nn.Dense(6, use_bias=False),
+        [nmjax.Rule(".*", "2:4", ragged=ragged)],
+        [x],
+        variables={"params": {"kernel": w}},
+    )
+    assert_pruned(result, {"kernel": w})
+    expected = obs_reference(w, x.T.astype(np.float64) @ x, 2, 4, ragged=ragged)
+    kernel = np.asarray(result.params["kernel"])
+    np.testing.assert_array_equal(kernel != 0, expected != 0)
+    np.testing.assert_allclose(kernel, expected, atol=2e-3)
+    assert (kernel[8:] != 0).sum(0).tolist() == [3 if ragged == "dense-tail" else 2] * 6
+    (report,) = result.layers
+    np.testing.assert_allclose(report.error, cost(x, kernel, w), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_ragged_window(rng):
+    """Each position of a convolution's window has a group that is not whole."""
+    model, x = nn.Conv(5, (2, 2)), rng.normal(size=(4, 5, 5, 6)).astype(np.float32)
+    rules = [nmjax.Rule(".*", "2:4", ragged="dense-tail")]
+    variables = model.init(jax.random.key(0), x)
+    result = sparse_gpt(model, rules, [x], variables=variables)
+    assert_pruned(result, variables["params"])
+    kernel = result.params["kernel"]
+    assert ((kernel[:, :, :4] != 0).sum(2) == 2).all() and (kernel[:, :, 4:] != 0).all()
+
+
+@pytest.mark.slow
+def test_an_einsum_of_experts_is_pruned_expert_by_expert(rng):
+    x = rng.normal(size=(7, 3, 8)).astype(np.float32)
+    w = rng.normal(size=(3, 8, 5)).astype(np.float32)
+    model = nn.Einsum((3, 8, 5), "bed,edf->bef", use_bias=False)
+    result = sparse_gpt(model, "2:4", [x], variables={"params": {"kernel": w}})
+    assert_pruned(result, {"kernel": w})
+    for expert in range(3):
+        one = sparse_gpt(
+            nn.Dense(5, use_bias=False),
+            "2:4",
+            [x[:, expert]],
+            variables={"params": {"kernel": w[expert]}},
+        )
+        np.testing.assert_allclose(
+            result.params["kernel"][expert], one.params["kernel"], atol=1e-4
         )
 
 
-def test_a_ragged_axis_is_refused():
-    rules = [nmjax.Rule(".*", "2:3", ragged="pad")]
-    variables = {"params": {"kernel": np.ones((8, 2), np.float32)}}
-    model, x = nn.Dense(2, use_bias=False), np.ones((3, 8), np.float32)
-    with pytest.raises(ValueError, match="axis -2 of shape .* is ragged for 2:3"):
-        sparse_gpt(model, rules, [x], variables=variables)
+def test_a_layer_without_features_is_refused():
+    model, x = nn.DenseGeneral(4, axis=-1, batch_dims=0), np.ones((3, 2, 8), np.float32)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="kernel: sparse_gpt cannot prune.*batch dim"):
+        sparse_gpt(model, "2:4", [x], variables=variables)
 
 
 def test_inputs_that_are_not_finite_and_bad_damping(rng):
