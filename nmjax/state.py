@@ -79,8 +79,8 @@ def next_state(params: Any, plan: Plan, state: NMState, before: Plan) -> NMState
 
     Returns:
       As `init_state(params, plan)`, except that a recipe that chooses its mask once
-      takes over the mask in force where pattern and axes are the same (masks freeze as
-      they are), a soft threshold its scale, and dgrad's mask its order of outputs.
+      takes over the masks in force where they were chosen as its own are (masks freeze
+      as they are), a soft threshold its scale, and dgrad's mask its order of outputs.
 
     Raises:
       ValueError: As `init_state`.
@@ -92,18 +92,20 @@ def next_state(params: Any, plan: Plan, state: NMState, before: Plan) -> NMState
         if not recipe.needs_state:
             continue
         old = Sparsity.of(earlier[path]) if path in earlier else None
-        same = (
-            old is not None
-            and old.pattern == sparsity.pattern
-            and old.recipe.mask == recipe.mask
-            and (old.axis, old.out_axis) == (sparsity.axis, sparsity.out_axis)
-        )
+        same = old is not None and _choice_of(old) == _choice_of(sparsity)
         carried = known.get(path, {}) if same else {}
         entry = sparsity.init(w, carried.get("output_order"))
         kept = {"scale"} if recipe.refresh is not None else {"scale", *MASKS}
         entry |= {n: x for n, x in carried.items() if n in kept and n in entry}
         flat[path] = entry
     return nest(flat)
+
+
+def _choice_of(sparsity: Sparsity) -> tuple:
+    """What the masks of a weight depend on besides the weight."""
+    recipe = sparsity.recipe
+    how = recipe.mask, recipe.tile, recipe.dgrad, bool(recipe.reorder)
+    return sparsity.pattern, sparsity.axis, sparsity.out_axis, how
 
 
 def refresh(state: NMState, params: Any, plan: Plan, step: int | jax.Array) -> NMState:

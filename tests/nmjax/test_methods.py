@@ -723,6 +723,21 @@ def test_frozen_masks_keep_their_order():
     np.testing.assert_array_equal(entry["mask_dgrad"], in_force["mask_dgrad"])
 
 
+@pytest.mark.parametrize(
+    "change", [{"reorder": None}, {"dgrad": "weight-own-mask", "reorder": None}]
+)
+def test_masks_chosen_in_another_way_are_chosen_anew(change):
+    _, params, _, _ = wide()
+    recipe = recipes.bi_mask("2:4", refresh=4)  # whose masks live in the state
+    plan = nmjax.plan(Wide(), [nmjax.Rule(".*", recipe)], X)
+    state = nmjax.init_state(params, plan)
+    later = dataclasses.replace(recipe, refresh=None, **change)
+    later = nmjax.plan(Wide(), [nmjax.Rule(".*", later)], X)
+    begun = nmjax.next_state(params, later, state, plan)
+    jax.tree.map(np.testing.assert_array_equal, begun, nmjax.init_state(params, later))
+    nmjax.check(params, later, begun)
+
+
 def test_check_judges_dgrads_mask_in_the_order_of_the_state():
     _, params, plan, state = wide(50)
     entry = state["layer"]["kernel"]
