@@ -15,7 +15,14 @@ ROOT = Path(__file__).parent.parent
 # imports units of the rows above its own, never of its own row or below: not even
 # inside a function.
 LAYERS = [
-    {"pallas_kernels", "nmjax.pattern", "nmjax.paths", "nmjax.patches", "nmjax.models"},
+    {
+        "pallas_kernels",
+        "nmjax.equation",
+        "nmjax.paths",
+        "nmjax.patches",
+        "nmjax.pattern",
+        "nmjax.models",
+    },
     {"nmjax.masks", "nmjax.sampling", "nmjax.schedule"},
     {"nmjax.estimators", "nmjax.tokens", "nmjax.recipe"},
     {"nmjax.recipes", "nmjax.sparse_products"},
@@ -39,6 +46,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 # Units that promise to need no more than this besides the standard library.
 THIRD_PARTY = {
     "pallas_kernels": {"absl", "jax", "jax_triton", "jaxlib", "numpy", "triton"},
+    "nmjax.equation": set(),
     "nmjax.pattern": set(),
     "nmjax.recipe": set(),
     "nmjax.recipes": set(),
