@@ -38,14 +38,12 @@ class Equation:
     def is_gemm(self) -> bool:
         """Whether each letter is once in two of x, kernel and result, or in all three.
 
-        As it is for activations whose ellipsis stands for nothing.
+        An ellipsis counts as a letter, which the kernel must not have.
         """
-        sides = [side.replace("...", "") for side in (self.x, self.result)]
-        sides.append(self.kernel)
+        sides = [s.replace("...", ".") for s in (self.x, self.kernel, self.result)]
         counts = [sum(c in side for side in sides) for c in {*"".join(sides)}]
-        return "." not in "".join(sides) + self.kernel and (
-            1 not in counts and all(len(side) == len({*side}) for side in sides)
-        )
+        twice = any(len(side) != len({*side}) for side in sides)
+        return "." not in self.kernel and not twice and 1 not in counts
 
     @property
     def batch(self) -> str:

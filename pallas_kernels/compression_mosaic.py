@@ -141,7 +141,7 @@ def _rows_kernel(w_gmem, values_gmem, words_gmem, *, warps, lanes):
     for h in range(2):
         row = ptx.load(w_gmem.at[blocks, h, :, columns, :], layout(16))
         values, half = _compress_16(
-            _entries(row, layout), values_gmem.dtype, shift=16 * h
+            entries_of(row, layout), values_gmem.dtype, shift=16 * h
         )
         joined = ptx.regroup(*values, layout=layout(8))
         ptx.store(values_gmem.at[blocks, h, :, columns, :], joined)
@@ -158,7 +158,7 @@ def _columns_kernel(w_gmem, values_gmem, words_gmem, *, warps, lanes):
         along_k = []  # 16 of (blocks, 2, columns, 4)
         for i in range(16):
             tile = w_gmem.at[columns, i, blocks, h].transpose((1, 2, 0, 3))
-            along_k.append(_entries(ptx.load(tile, layout(4)), layout))
+            along_k.append(entries_of(ptx.load(tile, layout(4)), layout))
         for g in range(4):
             entries = [row[g] for row in along_k]
             values, half = _compress_16(entries, values_gmem.dtype, shift=16 * h)
@@ -204,7 +204,7 @@ def _tiles_kernel(
             ptx.load(w_gmem.at[columns, j, i, blocks], layout(4)) for i in range(4)
         ]
         scores = [
-            [jnp.abs(x.astype(jnp.float32)) for x in _entries(row, layout)]
+            [jnp.abs(x.astype(jnp.float32)) for x in entries_of(row, layout)]
             for row in loaded
         ]
         bits = transposable_2to4(scores, at_most=at_most, where_any=ptx.where_any)
@@ -212,7 +212,7 @@ def _tiles_kernel(
         for i, (pair, nibble) in enumerate(pairs_of(rows, bits, layout)):
             ptx.store(values_t_gmem.at[columns, j, i, blocks], pair)
             quarters[4 * j % 8 + i] |= nibble << 16 * (j // 2)
-        tile = [_entries(row, layout) for row in rows]
+        tile = [entries_of(row, layout) for row in rows]
         along_k = [
             ptx.regroup(*column, layout=layout(4)) for column in zip(*tile, strict=True)
         ]
@@ -270,11 +270,11 @@ def _any_pairs(lines, bits, layout) -> Iterator[tuple[jax.Array, jax.Array]]:
     """As `_exact_pairs`, of tiles that keep at most two."""
     for r, line in enumerate(lines):
         kept = [(bits >> 4 * r + c) & 1 == 1 for c in range(4)]
-        v0, v1, nibble = stored_2to4(_entries(line, layout), kept)
+        v0, v1, nibble = stored_2to4(entries_of(line, layout), kept)
         yield ptx.regroup(v0, v1, layout=layout(2)), nibble
 
 
-def _entries(vectors: jax.Array, layout) -> list[jax.Array]:
+def entries_of(vectors: jax.Array, layout) -> list[jax.Array]:
     """The entries of vectors, one array each."""
     single = ptx.regroup(vectors, layout=layout(1))
     return [single[..., i : i + 1] for i in range(vectors.shape[-1])]

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import ptx
-from pallas_kernels.compression_mosaic import NO_BARRIERS, unavailable
+from pallas_kernels.compression_mosaic import NO_BARRIERS, entries_of, unavailable
 from pallas_kernels.reference import mask_of_bits
 from pallas_kernels.tile_selection import transposable_2to4
 
@@ -55,8 +55,7 @@ def _kernel(scores_gmem, bits_gmem, *, lanes, at_most):
     tile = []  # 4x4 of (rows, columns, 1)
     for i in range(4):
         row = ptx.load(scores_gmem.at[rows, i, columns], layout(4))
-        row = ptx.regroup(row.astype(jnp.float32), layout=layout(1))
-        tile.append([row[..., j : j + 1] for j in range(4)])
+        tile.append(entries_of(row.astype(jnp.float32), layout))
     bits = transposable_2to4(tile, at_most=at_most, where_any=ptx.where_any)
     ptx.store(bits_gmem.at[rows, columns, :], bits)
 

@@ -19,6 +19,7 @@ from jax.core import Tracer
 from nmjax.paths import map_named, named_leaves
 from nmjax.planning import Plan
 from nmjax.pruning.layers import Layer
+from nmjax.recording import equation_of
 from nmjax.rules import Rules, layer_path
 from nmjax.sparsity import Sparsity
 from nmjax.swap import densify, plan
@@ -201,8 +202,7 @@ def _note_linen(note, next_function, args, kwargs, context):
             )
         alone = layer.clone(parent=None)
         if isinstance(layer, nn.Einsum):
-            given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-            alone = alone.clone(einsum_str=given or layer.einsum_str)
+            alone = alone.clone(einsum_str=equation_of(layer, args, kwargs))
         note(path, alone, args[0] if args else kwargs.get("inputs"))
     return next_function(*args, **kwargs)
 

@@ -185,15 +185,16 @@ def _prune_layer(
     # A ragged axis gets zero weights that no input reads; what is behind the last
     # whole group stays whole, or is one more group together with them.
     missing = -size % pattern.m
-    k, padded_k = hessian.shape[-1], hessian.shape[-1] // size * (size + missing)
+    window = hessian.shape[-1] // size
     widths = [(0, missing * (a == axis)) for a in range(kernel.ndim)]
     padded = jnp.pad(kernel, widths)
     whole = jnp.arange(size + missing) >= size - size % pattern.m
-    whole = jnp.tile(whole & (sparsity.ragged == "dense-tail"), k // size)
-    hessian = hessian.reshape(-1, k // size, size, k // size, size)
+    whole = jnp.tile(whole & (sparsity.ragged == "dense-tail"), window)
+    hessian = hessian.reshape(-1, window, size, window, size)
     hessian = jnp.pad(hessian, [(0, 0), (0, 0), (0, missing), (0, 0), (0, missing)])
-    hessian = hessian.reshape(-1, padded_k, padded_k)
-    share = jnp.float32(damping * padded_k / k)  # of a mean that zeros are part of
+    hessian = hessian.reshape(-1, len(whole), len(whole))
+    # Of a mean that the zeros are part of.
+    share = jnp.float32(damping * (size + missing) / size)
 
     w = matrices.of(padded)
     prune = functools.partial(_obs_prune, pattern=pattern)

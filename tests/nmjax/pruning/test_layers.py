@@ -126,6 +126,8 @@ def test_what_is_no_gemm_says_so():
     for equation, reason in (
         ("bi,io->o", "not one GEMM"),  # sums over the batch
         ("bi,...io->b...o", "not one GEMM"),
+        ("...i,io->o", "not one GEMM"),
+        ("bi,io->...bo", "not one GEMM"),
         (None, "given at the call"),
     ):
         assert reason in why_not_a_gemm(Layer("kernel", nn.Einsum((8, 5), equation)))
