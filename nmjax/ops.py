@@ -4,11 +4,11 @@
     dgrad  dx = gemmᵀ(dy; w)        the transpose of fprop in x
     wgrad  dw = gemmᵀ(dy; x)        the transpose of fprop in w
 
-A GEMM is any function linear in `x` and in `w`: a frozen dataclass that holds the
-static geometry and calls the lax primitive, so that matrix products and convolutions
-share one `custom_vjp`. `w` is the sparse weight, already masked and cast: choosing its
-mask and decaying dropped weights are not the business of this file. What a recipe does
-to the other operands is: with the (tokens, features) matrices of x and dy,
+A GEMM is any function linear in `x` and in `w`, as `nmjax.gemms` has them, so that
+matrix products and convolutions share one `custom_vjp`. `w` is the sparse weight,
+already masked and cast: choosing its mask and decaying dropped weights are not the
+business of this file. What a recipe does to the other operands is: with the
+(tokens, features) matrices of x and dy,
 
     fprop="activation"        y = gemm(E ⊙ x, w), dw = gemmᵀ(dy; E ⊙ x), dx as if E = 1
     dgrad="weight-own-mask"   dx = gemmᵀ(dy; w_dgrad), as for "weight-masked-twice"
@@ -25,48 +25,21 @@ jax refuses `jvp`, `jacfwd` and `linearize`, and its traceback shows the line th
 the `custom_vjp`: the comment there is for the user.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from nmjax.equation import Equation
+from nmjax.gemms import Conv, Dot, Gemm
 from nmjax.patches import patches_of
-from nmjax.pattern import NMPattern
 from nmjax.recipe import Recipe
 from nmjax.sparse_products import may_run_on_tensor_core, on_tensor_core
-from nmjax.tokens import joined_rows, kept_rows, sampled, sparse_tiles, spread_rows
-
-OnRows = Callable[[jax.Array], jax.Array]
-
-
-class Gemm(Protocol):
-    """A hashable function, linear in each of its two arguments."""
-
-    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """The product."""
-        ...
-
-    def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
-        """`dy` after a change of its matrices `(…, tokens, out)`."""
-        ...
-
-    def restore(
-        self, pattern: NMPattern, x: jax.Array, dy: jax.Array
-    ) -> "tuple[Gemm, jax.Array, jax.Array]":
-        """The GEMM, x and dy of wgrad at fixed tokens."""
-        ...
-
-    def matrices(
-        self, x: jax.Array, w: jax.Array
-    ) -> tuple[jax.Array, jax.Array] | None:
-        """x and w as two matrices whose product this is, if it is that."""
-        ...
+from nmjax.tokens import sampled, sparse_tiles
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -131,136 +104,6 @@ def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
 three_gemms.defvjp(_fprop, _dgrad_wgrad)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Dot:
-    dimension_numbers: Any
-    precision: Any
-    preferred_element_type: Any
-
-    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.dot_general(
-            x,
-            w,
-            self.dimension_numbers,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-        )
-
-    def matrices(
-        self, x: jax.Array, w: jax.Array
-    ) -> tuple[jax.Array, jax.Array] | None:
-        """x as (tokens, k), w as (k, out), where that is their order in memory."""
-        (x_contracted, w_contracted), (batch, _) = self.dimension_numbers
-        count = len(x_contracted)
-        plain = (
-            not batch
-            and x_contracted == tuple(range(x.ndim - count, x.ndim))
-            and w_contracted == tuple(range(count))
-            and self.precision is None
-            and self.preferred_element_type in (None, x.dtype)
-        )
-        if not plain:
-            return None
-        k = math.prod(w.shape[:count])
-        return x.reshape(-1, k), w.reshape(k, -1)
-
-    def out_shape(self, x: jax.Array, w: jax.Array) -> tuple[int, ...]:
-        """The shape of `gemm(x, w)`."""
-        return jax.eval_shape(self, x, w).shape
-
-    def on_tokens(self, change: OnRows, x: jax.Array) -> jax.Array:
-        """`x` after a change of its matrices `(…, tokens, features)`."""
-        order, batch, rows = self._order(x)
-        moved = jnp.transpose(x, order)
-        shape = _matrix_shape(moved.shape, batch, batch + rows)
-        matrices = change(moved.reshape(shape))
-        back = [order.index(axis) for axis in range(x.ndim)]
-        return jnp.transpose(matrices.reshape(moved.shape), back)
-
-    def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
-        _, batch, rows = self._order(x)
-        shape = _matrix_shape(dy.shape, batch, batch + rows)
-        return change(dy.reshape(shape)).reshape(dy.shape)
-
-    def restore(
-        self, pattern: NMPattern, x: jax.Array, dy: jax.Array
-    ) -> tuple["_Dot", jax.Array, jax.Array]:
-        """The GEMM of the kept tokens alone, whose tokens are one axis."""
-        order, batch, rows = self._order(x)
-        moved, end = jnp.transpose(x, order), batch + rows
-        x = kept_rows(pattern, moved.reshape(_matrix_shape(moved.shape, batch, end)))
-        x = x.reshape(*x.shape[:-1], *moved.shape[end:])
-        columns = dy.shape[end:]
-        dy = dy.reshape(_matrix_shape(dy.shape, batch, end))
-        dy = joined_rows(pattern, dy)
-        (_, w_contracted), (_, w_batch) = self.dimension_numbers
-        contracted = tuple(range(batch + 1, x.ndim))
-        numbers = ((contracted, w_contracted), (tuple(range(batch)), w_batch))
-        gemm = dataclasses.replace(self, dimension_numbers=numbers)
-        return gemm, x, dy.reshape(*dy.shape[:-1], *columns)
-
-    def _order(self, x: jax.Array) -> tuple[tuple[int, ...], int, int]:
-        """Axes of x as batch, tokens, features; how many of the first two."""
-        (contracted, _), (batch, _) = self.dimension_numbers
-        known = {*contracted, *batch}
-        free = [axis for axis in range(x.ndim) if axis not in known]
-        return (*batch, *free, *contracted), len(batch), len(free)
-
-
-def _matrix_shape(shape: tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
-    """Axes from start to end become the rows, those from end on the columns."""
-    return (*shape[:start], math.prod(shape[start:end]), math.prod(shape[end:]))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Conv:
-    strides: tuple[int, ...]
-    padding: str | tuple[tuple[int, int], ...]
-    lhs_dilation: tuple[int, ...] | None
-    rhs_dilation: tuple[int, ...] | None
-    dimension_numbers: Any
-    feature_group_count: int
-    batch_group_count: int
-    precision: Any
-    preferred_element_type: Any
-
-    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x,
-            w,
-            self.strides,
-            self.padding,
-            lhs_dilation=self.lhs_dilation,
-            rhs_dilation=self.rhs_dilation,
-            dimension_numbers=self.dimension_numbers,
-            feature_group_count=self.feature_group_count,
-            batch_group_count=self.batch_group_count,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-        )
-
-    def matrices(self, x: jax.Array, w: jax.Array) -> None:
-        """No product of two matrices: there is no kernel of a convolution."""
-
-    def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
-        del x
-        # The layout of y alone: its rank is that of x and w.
-        numbers = lax.conv_dimension_numbers(dy.shape, dy.shape, self.dimension_numbers)
-        batch, features, *space = numbers.out_spec
-        order = (batch, *space, features)
-        moved = jnp.transpose(dy, order)
-        matrix = change(moved.reshape(-1, moved.shape[-1]))
-        back = [order.index(axis) for axis in range(dy.ndim)]
-        return jnp.transpose(matrix.reshape(moved.shape), back)
-
-    def restore(
-        self, pattern: NMPattern, x: jax.Array, dy: jax.Array
-    ) -> tuple["_Conv", jax.Array, jax.Array]:
-        # Without a matrix of patches: a zero dy leaves a token out as well.
-        spread = functools.partial(spread_rows, pattern)
-        return self, x, self.on_rows(spread, dy, x)
-
-
 def nm_dot_general(
     x: jax.Array,
     w: jax.Array,
@@ -300,7 +143,7 @@ def nm_dot_general(
         (tuple(x_contract), tuple(w_contract)),
         (tuple(x_batch), tuple(w_batch)),
     )
-    gemm = _Dot(numbers, precision, preferred_element_type)
+    gemm = Dot(numbers, precision, preferred_element_type)
     statics, aux = (gemm, _operands(recipe), no_key), (w_dgrad, dgrad_order, key)
     return three_gemms(*statics, x, w, *aux)  # no jvp: use nmjax.densify(model)
 
@@ -396,7 +239,7 @@ def nm_conv(
       ValueError: A gradient is asked for that needs a key; or sparse activations meet
         batch groups.
     """
-    gemm = _Conv(
+    gemm = Conv(
         tuple(window_strides),
         padding if isinstance(padding, str) else tuple((a, b) for a, b in padding),
         None if lhs_dilation is None else tuple(lhs_dilation),
@@ -422,7 +265,7 @@ def _operands(recipe: Recipe | None) -> Recipe | None:
     return recipe if needed else None
 
 
-def _conv_of_patches(gemm: _Conv, x: jax.Array, w: jax.Array, **aux) -> jax.Array:
+def _conv_of_patches(gemm: Conv, x: jax.Array, w: jax.Array, **aux) -> jax.Array:
     """The convolution as `patches · matrix`, by `nm_dot_general`."""
     if gemm.batch_group_count != 1:
         raise ValueError(

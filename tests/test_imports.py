@@ -25,7 +25,7 @@ LAYERS = [
     },
     {"nmjax.masks", "nmjax.sampling", "nmjax.schedule"},
     {"nmjax.estimators", "nmjax.tokens", "nmjax.recipe"},
-    {"nmjax.recipes", "nmjax.sparse_products"},
+    {"nmjax.gemms", "nmjax.recipes", "nmjax.sparse_products"},
     {"nmjax.ops"},
     {"nmjax.rules"},
     {"nmjax.planning"},
@@ -47,6 +47,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 THIRD_PARTY = {
     "pallas_kernels": {"absl", "jax", "jax_triton", "jaxlib", "numpy", "triton"},
     "nmjax.equation": set(),
+    "nmjax.gemms": {"jax", "numpy"},
     "nmjax.pattern": set(),
     "nmjax.recipe": set(),
     "nmjax.recipes": set(),
