@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.methods import METHODS, CompareOptions, Method
+from experiments.methods import METHODS, TRAINING, CompareOptions, Method
+from experiments.presets import Options
 
 # What may differ when a comparison is continued or extended.
 _FREE = ("output_dir", "data_path", "recipes", "patterns", "seeds")
@@ -53,7 +54,7 @@ class Records:
         """Reads what the folder already holds.
 
         Raises:
-          ValueError: It is damaged or of a comparison with other options.
+          ValueError: It is damaged, or of other options or another training.
         """
         self._file = folder / "table.json"
         self._head: dict[str, Any] = {
@@ -62,6 +63,7 @@ class Records:
                 for name, value in dataclasses.asdict(options).items()
                 if name not in _FREE
             },
+            "training": _training(options),
             "methods": {name: _facts(method) for name, method in METHODS.items()},
         }
         self._found: dict[tuple, Record] = {}
@@ -72,17 +74,19 @@ class Records:
         try:
             saved = json.loads(self._file.read_text())
             records = [Record(**fields) for fields in saved["runs"]]
-            options, methods = saved["options"], saved["methods"]
+            methods = saved["methods"]
+            same = {name: saved[name] for name in ("options", "training")}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self._file} is damaged ({error}): delete it, and the runs beside it "
                 "are read again"
             ) from None
-        if options != self._head["options"]:
-            raise ValueError(
-                f"{self._file.parent} holds a comparison with other options, {options}:"
-                " choose another --output-dir"
-            )
+        for name, value in same.items():
+            if value != self._head[name]:
+                raise ValueError(
+                    f"{self._file.parent} holds a comparison with other {name}, "
+                    f"{value}: choose another --output-dir"
+                )
         for name in sorted({record.method for record in records}):
             if methods[name] != self._head["methods"].get(name):
                 raise ValueError(
@@ -107,6 +111,13 @@ class Records:
         temporary = self._file.with_suffix(".json.tmp")
         temporary.write_text(json.dumps({**self._head, "runs": runs}, indent=1) + "\n")
         temporary.replace(self._file)
+
+
+def _training(options: CompareOptions) -> dict[str, Any]:
+    """What all networks' training has that is not the default, as JSON."""
+    plain, values = Options().flat(), TRAINING[options.dataset].flat()
+    changed = {name: value for name, value in values.items() if value != plain[name]}
+    return json.loads(json.dumps(changed))
 
 
 def _facts(method: Method) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from experiments import compare, imagenet, single
 from experiments.methods import (
     METHODS,
     PAIRS,
+    TRAINING,
     Arm,
     CompareOptions,
     arms,
@@ -201,6 +202,14 @@ class TestResumption:
         changed = dataclasses.replace(METHODS["sr_ste"], arguments={"decay": 0.5})
         monkeypatch.setitem(METHODS, "sr_ste", changed)
         with pytest.raises(ValueError, match="holds runs of sr_ste as it was before"):
+            Records(tmp_path, CompareOptions())
+
+    def test_a_training_that_has_changed(self, tmp_path, monkeypatch):
+        record = Record("dense", "", 0, 0, 9, 0, 1, None, None)
+        Records(tmp_path, CompareOptions()).add(record)
+        changed = TRAINING["digits"].replace(batch_size=32)
+        monkeypatch.setitem(TRAINING, "digits", changed)
+        with pytest.raises(ValueError, match="other training, .*'batch_size': 64"):
             Records(tmp_path, CompareOptions())
 
     def test_damaged_table(self, tmp_path):
