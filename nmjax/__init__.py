@@ -26,10 +26,10 @@ from nmjax.masks import tile_mask as tile_mask
 from nmjax.masks import transposable_mask as transposable_mask
 from nmjax.masks.learned import Temperature as Temperature
 from nmjax.pattern import NMPattern as NMPattern
-from nmjax.planning import Plan as Plan
-from nmjax.planning import PlanEntry as PlanEntry
 from nmjax.planning import PlanError as PlanError
 from nmjax.planning import plan_params as plan_params
+from nmjax.plans import Plan as Plan
+from nmjax.plans import PlanEntry as PlanEntry
 from nmjax.recipe import Recipe as Recipe
 from nmjax.rules import Rule as Rule
 from nmjax.rules import phases as phases

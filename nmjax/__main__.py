@@ -16,7 +16,7 @@ import jax
 import nmjax
 from nmjax.audit import Problem
 from nmjax.paths import named_leaves
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.state import state_leaves
 
 SPARSE, DENSE, FAILED, UNREADABLE = "sparse", "dense", "failed", "unreadable"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nmjax.paths import named_leaves
-from nmjax.planning import Plan, PlanEntry
+from nmjax.plans import Plan, PlanEntry
 from nmjax.recipe import Recipe
 from nmjax.sparsity import MASKS, Sparsity
 from nmjax.state import NMState, state_leaves, state_paths

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from nmjax.estimators import decay_term
 from nmjax.paths import map_named, named_leaves
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.sparsity import Sparsity
 from nmjax.state import NMState, state_entries
 

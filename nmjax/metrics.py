@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from nmjax.masks import kept_and_best
 from nmjax.paths import named_leaves
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.state import NMState, prepare, state_leaves
 
 

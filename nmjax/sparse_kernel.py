@@ -19,7 +19,7 @@ from jax import lax
 
 from nmjax.ops import nm_conv, nm_dot_general, nm_einsum
 from nmjax.paths import map_named
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.sparsity import NO_KEY, Sparsity
 
 

@@ -35,7 +35,7 @@ from nmjax.masks import Ragged, magnitude_mask
 from nmjax.masks.learned import best_mask, init_logits, patterns, sample_mask
 from nmjax.masks.output_order import mask_in_order, search_output_order
 from nmjax.pattern import NMPattern
-from nmjax.planning import PlanEntry
+from nmjax.plans import PlanEntry
 from nmjax.recipe import Recipe
 
 Entry = Mapping[str, jax.Array]

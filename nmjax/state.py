@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.paths import join, map_named, named_leaves, nest
-from nmjax.planning import NOT_USED, Plan, check_entry_sharding
+from nmjax.planning import NOT_USED, check_entry_sharding
+from nmjax.plans import Plan
 from nmjax.sparsity import MASKS, Sparsity
 
 NMState = dict[str, Any]

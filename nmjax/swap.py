@@ -17,13 +17,8 @@ from jax.core import Tracer
 
 from nmjax.linen import hook_boxed_layers
 from nmjax.paths import named_leaves
-from nmjax.planning import (
-    Candidate,
-    Plan,
-    check_entry_sharding,
-    log_dense_layers,
-    make_plan,
-)
+from nmjax.planning import Candidate, check_entry_sharding, log_dense_layers, make_plan
+from nmjax.plans import Plan
 from nmjax.recording import find_candidates
 from nmjax.rules import Rule, Rules, as_rules
 from nmjax.sparse_kernel import box_kernels, open_boxes

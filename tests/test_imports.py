@@ -27,7 +27,7 @@ LAYERS = [
     {"nmjax.estimators", "nmjax.tokens", "nmjax.recipe"},
     {"nmjax.gemms", "nmjax.recipes", "nmjax.sparse_products"},
     {"nmjax.ops"},
-    {"nmjax.rules"},
+    {"nmjax.plans", "nmjax.rules"},
     {"nmjax.planning"},
     {"nmjax.sparsity"},
     {"nmjax.sparse_kernel"},

@@ -19,7 +19,8 @@ from nmjax.nnx.recording import Weight, make_weight
 from nmjax.nnx.variables import NMFlipRate, NMKey, NMLogits, NMMask, NMNumber
 from nmjax.paths import named_leaves
 from nmjax.pattern import NMPattern
-from nmjax.planning import PlanEntry, PlanError, check_sharding, make_plan
+from nmjax.planning import PlanError, check_sharding, make_plan
+from nmjax.plans import PlanEntry
 from nmjax.recipe import Recipe
 from nmjax.recipes import as_recipe
 from nmjax.rules import Rule

@@ -18,7 +18,8 @@ from nmjax.nnx.layers import (
 from nmjax.nnx.recording import Weight, find_weights
 from nmjax.nnx.variables import NMLogits
 from nmjax.paths import nest
-from nmjax.planning import Plan, check_entry_sharding, log_dense_layers, make_plan
+from nmjax.planning import check_entry_sharding, log_dense_layers, make_plan
+from nmjax.plans import Plan
 from nmjax.rules import Rule
 from nmjax.sparsity import MASKS, NUMBERS
 from nmjax.state import NMState, init_logits, init_state, state_leaves

@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.core import Tracer
 
 from nmjax.paths import map_named, named_leaves
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.pruning.layers import Layer
 from nmjax.recording import equation_of
 from nmjax.rules import Rules, layer_path

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from nmjax.paths import named_leaves
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.pruning.calibration import Batch, Calibration, with_leaves
 from nmjax.pruning.layers import Layer, Parameters
 from nmjax.pruning.report import LayerReport, Pruned

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from jax import lax
 from nmjax.masks import magnitude_mask, nm_mask
 from nmjax.paths import named_leaves
 from nmjax.pattern import NMPattern
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.pruning.calibration import Batch, Calibration, with_leaves
 from nmjax.pruning.layers import Layer, Matrices, why_not_a_gemm
 from nmjax.pruning.report import LayerReport, Pruned

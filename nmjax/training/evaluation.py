@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 import nmjax
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.rules import Rule, Rules, layer_path
 from nmjax.state import NMState
 from nmjax.training.steps import data_mesh, jit_eval_step, put_batch, replicate

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nmjax.paths import named_leaves
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.state import state_leaves
 from nmjax.training.checkpoint import CheckpointWriter, list_steps
 from nmjax.training.config import TrainConfig

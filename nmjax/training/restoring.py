@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.training.checkpoint import (
     EVALUATION_ITEMS,
     CheckpointError,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.training.checkpoint import (
     EVALUATION_ITEMS,
     CheckpointError,

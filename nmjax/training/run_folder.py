@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.schedule import Schedule
 from nmjax.training.checkpoint import CheckpointError
 from nmjax.training.config import TrainConfig

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nmjax
 from nmjax.paths import map_named
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.rules import Rule, Rules, as_rules
 from nmjax.schedule import Schedule
 from nmjax.training.config import TrainConfig

@@ -12,7 +12,7 @@ import pytest
 
 import nmjax
 from nmjax.__main__ import main
-from nmjax.planning import Plan
+from nmjax.plans import Plan
 from nmjax.training import checkpoint, restoring, train
 from tests.nmjax.training.fakes import RULES, FakeData, Net, config
 
