@@ -20,7 +20,7 @@ word of Wᵀ spans, and one of the two rows that a word of W does: the parts are
 across lanes. Of its mask it looks up where the bytes of each pair stand, and picks them
 with one instruction; what infinities and NaN need is behind a branch. That leaves 19
 instructions an entry where scores are finite, 9 of them for the units of 64 lanes a
-cycle (sm_90a, bfloat16, counted in the machine code).
+cycle; with `at_most` 37 and 19 (sm_90a, bfloat16, counted in the machine code).
 
 Each of four warps takes such a part of a tile, along either axis. Matrices that no
 arrangement of the four divides are padded with zeros, one more pass over them.
@@ -41,7 +41,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ptx
 from pallas_kernels.format import NMCompressed, pack, positions
-from pallas_kernels.reference import magnitude_2to4, stored_2to4
+from pallas_kernels.reference import magnitude_2to4
 from pallas_kernels.tile_selection import PAIRS, transposable_2to4
 
 # Every element is read and written once: there is nothing for barriers to order.
@@ -195,7 +195,6 @@ def _tiles_kernel(
     blocks = _slice("n", warps[1] * lanes[1])
     layout = functools.partial(ptx.thread_layout, warps, lanes)
     dtype = values_gmem.dtype
-    pairs_of = _any_pairs if at_most else _exact_pairs
     values = [[] for _ in range(4)]  # of W, for each of the thread's columns
     halves = [jnp.int32(0)] * 4
     quarters = [jnp.int32(0)] * 8  # of the words of Wᵀ, rows g and g + 8 of 16
@@ -208,15 +207,20 @@ def _tiles_kernel(
             for row in loaded
         ]
         bits = transposable_2to4(scores, at_most=at_most, where_any=ptx.where_any)
+        fill = fill_t = None
+        if at_most:
+            fill = _fill(bits)
+            bits, fill_t = bits | fill, fill >> 16
         rows = [_cast(row, dtype) for row in loaded]
-        for i, (pair, nibble) in enumerate(pairs_of(rows, bits, layout)):
+        for i, (pair, nibble) in enumerate(_pairs(rows, bits, fill, layout)):
             ptx.store(values_t_gmem.at[columns, j, i, blocks], pair)
             quarters[4 * j % 8 + i] |= nibble << 16 * (j // 2)
         tile = [entries_of(row, layout) for row in rows]
         along_k = [
             ptx.regroup(*column, layout=layout(4)) for column in zip(*tile, strict=True)
         ]
-        for q, (pair, nibble) in enumerate(pairs_of(along_k, bits >> 16, layout)):
+        columns_t = enumerate(_pairs(along_k, bits >> 16, fill_t, layout))
+        for q, (pair, nibble) in columns_t:
             values[q].append(pair)
             halves[q] |= nibble << 4 * j
 
@@ -239,39 +243,59 @@ def _tiles_kernel(
         ptx.store(words_t_gmem.at[columns, g, blocks, :], word)
 
 
+# Where the bytes of entry i of four are, as `ptx.pick_pair` has them.
+_PLACES = [0x10 + 0x22 * i for i in range(4)]
+
 # By the low three bits of a line's mask, which tell pairs apart: the places of the
-# bytes of the first entry kept and of the second, as `ptx.pick_pair` has them, and the
-# nibble of metadata.
+# first entry kept and of the second, and the nibble of metadata.
 _FIRST, _SECOND, _NIBBLE = [0] * 8, [0] * 8, [0] * 8
 for _i, _j in PAIRS:
     _index = (1 << _i | 1 << _j) & 7
-    _FIRST[_index] = 0x10 + 0x22 * _i
-    _SECOND[_index] = 0x10 + 0x22 * _j
+    _FIRST[_index], _SECOND[_index] = _PLACES[_i], _PLACES[_j]
     _NIBBLE[_index] = _i | _j << 2
 
+# By what fills a line up, entry 0 (1), entry 1 (2) or nothing (0): the places of its
+# two values among a pair and zeros behind it.
+_FIRST_OR_ZERO = [_PLACES[i] for i in (0, 2, 0)] + [0] * 5
+_SECOND_OR_ZERO = [_PLACES[i] for i in (1, 1, 2)] + [0] * 5
 
-def _exact_pairs(lines, bits, layout) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Values and nibble of each row, or column, of tiles that keep two in every one.
+
+def _pairs(lines, bits, fill, layout) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Values and nibble of each row, or column, of tiles.
 
     Args:
       lines: The four rows: vectors of four, in the dtype of the values.
-      bits: Bit 4r + c is set where entry c of row r is kept.
+      bits: Bit 4r + c is set where entry c of row r is stored: two in every row.
+      fill: The same of those that are zeros; None = there are none.
       layout: Makes the layouts, by the length of vectors.
     """
     first, second, nibbles = (
         ptx.lookup(bits, table) for table in (_FIRST, _SECOND, _NIBBLE)
     )
+    if fill is not None:
+        first_or_zero = ptx.lookup(fill, _FIRST_OR_ZERO)
+        second_or_zero = ptx.lookup(fill, _SECOND_OR_ZERO)
     for r, line in enumerate(lines):
         pair = ptx.pick_pair(line, first, second, byte=r, layout=layout(2))
+        if fill is not None:
+            zeros = plgpu.layout_cast(jnp.zeros_like(pair), layout(2))
+            four = ptx.regroup(pair, zeros, layout=layout(4))
+            pair = ptx.pick_pair(
+                four, first_or_zero, second_or_zero, byte=r, layout=layout(2)
+            )
         yield pair, (nibbles >> 8 * r) & 15
 
 
-def _any_pairs(lines, bits, layout) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """As `_exact_pairs`, of tiles that keep at most two."""
-    for r, line in enumerate(lines):
-        kept = [(bits >> 4 * r + c) & 1 == 1 for c in range(4)]
-        v0, v1, nibble = stored_2to4(entries_of(line, layout), kept)
-        yield ptx.regroup(v0, v1, layout=layout(2)), nibble
+def _fill(bits: jax.Array) -> jax.Array:
+    """The bits that fill up lines of one entry, of tiles and of their transposes.
+
+    It is the lowest other place: the second of four if the first is kept, else the
+    first.
+    """
+    ones = 0x11111111  # the first place of each line
+    more = bits & (bits - ones)  # without the lowest of each line
+    single = ~(more >> 1 | more >> 2 | more >> 3) & ones
+    return single + (single & bits)
 
 
 def entries_of(vectors: jax.Array, layout) -> list[jax.Array]:

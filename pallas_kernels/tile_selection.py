@@ -146,9 +146,15 @@ def _with_7(x, y, both, crossed) -> list[Choice]:
     other row of the half and once each in the other half, `crossed`, and the last twice
     in the other half, `both`.
     """
+    alone_x, alone_y = _cross(x, both), _cross(y, both)
     return [
-        _sum(_sum(row[i], row[j]), _sum(crossed[i, j], single[_others((i, j))]))
-        for row, single in ((y, _cross(x, both)), (x, _cross(y, both)))
+        _sum(
+            crossed[i, j],
+            _better(
+                _sum(_sum(y[i], y[j]), alone_x[_others((i, j))]),
+                _sum(_sum(x[i], x[j]), alone_y[_others((i, j))]),
+            ),
+        )
         for i, j in PAIRS
     ]
 

@@ -80,18 +80,24 @@ def matched(crossed):
 
 
 @triton.jit
-def with_7(total, bits, single, row, both, crossed):
-    """The best mask of which row `single` keeps one entry, if that is better."""
-    one = cross(single, both)
+def alone(p: tl.constexpr, row, one):
+    """Two entries of a row, and of `one` the best in the other two columns."""
+    two = row[0][PAIR_FIRST[p]] + row[0][PAIR_SECOND[p]]
+    code = row[1][PAIR_FIRST[p]] | row[1][PAIR_SECOND[p]] | one[1][5 - p]
+    return two + one[0][5 - p], code
+
+
+@triton.jit
+def with_7(total, bits, x, y, both, crossed):
+    """The best mask of which row x or y keeps one entry, if that is better."""
+    alone_x, alone_y = cross(x, both), cross(y, both)
     for p in tl.static_range(6):
-        two = row[0][PAIR_FIRST[p]] + row[0][PAIR_SECOND[p]]
-        code = (
-            row[1][PAIR_FIRST[p]]
-            | row[1][PAIR_SECOND[p]]
-            | crossed[1][p]
-            | one[1][5 - p]
+        x_total, x_bits = alone(p, y, alone_x)
+        y_total, y_bits = alone(p, x, alone_y)
+        one_total, one_bits = better(x_total, x_bits, y_total, y_bits)
+        total, bits = better(
+            total, bits, crossed[0][p] + one_total, crossed[1][p] | one_bits
         )
-        total, bits = better(total, bits, two + (crossed[0][p] + one[0][5 - p]), code)
     return total, bits
 
 
@@ -136,9 +142,7 @@ def transposable_2to4(tile, AT_MOST: tl.constexpr):
     )
     if AT_MOST:
         total, bits = with_7(total, bits, row0, row1, bottom, lower)
-        total, bits = with_7(total, bits, row1, row0, bottom, lower)
         total, bits = with_7(total, bits, row2, row3, top, upper)
-        total, bits = with_7(total, bits, row3, row2, top, upper)
     return bits
 
 
