@@ -6,7 +6,9 @@ A block makes tiles of D, block_m × block_n, one after another. Of its three wa
 the last only copies: it keeps `stages` steps of block_k in shared memory. The other two
 multiply, each half of the tile's rows, and write D. A stage has two barriers: `full`,
 its copies have arrived, and `empty`, both warpgroups (of every block of the cluster)
-are done with it. The copies run ahead into the next tile while D is written.
+are done with it. The copies run ahead into the next tile while D is written. A
+warpgroup ends a step before it loads the next one's metadata, for the instruction may
+read its register late; meanwhile the other keeps the tensor cores at work.
 
 B always lies in shared memory; the blocks of a cluster have one B, and each fetches its
 part for all. A comes from where the Config says:
@@ -110,8 +112,18 @@ def gemm(
     # Interpreted, two clusters: each makes several tiles.
     clusters = 2
     if interpret is None:
-        clusters = ptx.multiprocessors() // config.cluster_m
+        clusters = _resident_clusters(ptx.multiprocessors(), config.cluster_m)
     return _gemm(a, b, bias, form, config, clusters, interpret)
+
+
+def _resident_clusters(multiprocessors: int, blocks: int) -> int:
+    """How many clusters run at once, at least, with one block a multiprocessor.
+
+    A cluster lies within a GPC, of at most 18 multiprocessors (H100). How many each has
+    differs from device to device: of 132, in the worst case seven are whole.
+    """
+    whole, rest = divmod(multiprocessors, 18)
+    return whole * (18 // blocks) + rest // blocks
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -265,32 +277,19 @@ def _kernel(
         rows = pl.ds(warpgroup * half, half)
         word_rows = pl.ds(warpgroup * half // 2, half // 2)
 
-        def start(step, acc):
-            s = stage(step)
+        def step(i, acc):
+            s = stage(first + i)
             plgpu.barrier_wait(full.at[s])
             words = ptx.load(metadata_smem.at[s, word_rows], ptx.metadata_layout())
-            return wgmma.wgmma_sp(
-                acc,
-                values_smem.at[s, rows],
-                words,
-                b_smem.at[s],
-                b_is_nk=not form.b_is_kn,
-            )
-
-        # One thread lets go of a stage for its warpgroup. Products end when all four
-        # warps have issued them, hence have loaded their metadata.
-        def finish(step, acc, pending):
-            s = stage(step)
-            finished = values_smem.at[s, rows], b_smem.at[s]
-            acc = wgmma.wgmma_wait(acc, pending, finished)
+            values, b = values_smem.at[s, rows], b_smem.at[s]
+            acc = wgmma.wgmma_sp(acc, values, words, b, b_is_nk=not form.b_is_kn)
+            acc = wgmma.wgmma_wait(acc, [values, b])
+            # One thread lets go of a stage for its warpgroup. Products end when all
+            # four warps have issued them, hence have loaded their metadata.
             plgpu.barrier_arrive(empty.at[s])
             return acc
 
-        def step(i, acc):
-            return finish(first + i - 1, start(first + i, acc), pending=1)
-
-        acc = lax.fori_loop(1, steps, step, start(first, zeros()))
-        return finish(first + steps - 1, acc, pending=0)
+        return lax.fori_loop(0, steps, step, zeros())
 
     def multiply_from_registers(row, first):
         tile = row * (block_m // 64) + warpgroup * (half // 64)
@@ -314,7 +313,7 @@ def _kernel(
             plgpu.barrier_wait(full.at[s])
             b = b_smem.at[s]
             acc = wgmma.wgmma_sp(acc, values, words, b, b_is_nk=not form.b_is_kn)
-            acc = wgmma.wgmma_wait(acc, 0, [b])
+            acc = wgmma.wgmma_wait(acc, [b])
             plgpu.barrier_arrive(empty.at[s])
             return acc, *ahead
 

@@ -120,16 +120,18 @@ def wgmma_sp(
     return _inline(run, acc, a, metadata, b, arguments=arguments)
 
 
-def wgmma_wait(acc: jax.Array, pending: int, finished: Sequence[Any]) -> jax.Array:
-    """Waits until at most `pending` committed groups of `wgmma_sp` are running.
+def wgmma_wait(acc: jax.Array, finished: Sequence[Any]) -> jax.Array:
+    """Waits until no group of `wgmma_sp` is running.
+
+    It leaves none, because the next would need its metadata in other registers: PTX has
+    no word for that, and ptxas gives them the same in a loop.
 
     Args:
       acc: The accumulator.
-      pending: How many groups may still run.
-      finished: The shared memory that the groups waited for have read. They may read
-        it until now, so now is when the interpreter reads it once more: a write in
-        between is a race that it finds. The fence makes these reads, which the
-        instruction would do through the asynchronous proxy, precede those of TMA.
+      finished: The shared memory that the groups have read. They may read it until now,
+        so now is when the interpreter reads it once more: a write in between is a race
+        that it finds. The fence makes these reads, which the instruction would do
+        through the asynchronous proxy, precede those of TMA.
     """
     if ptx.is_interpreted():
         for ref in finished:
@@ -139,7 +141,7 @@ def wgmma_wait(acc: jax.Array, pending: int, finished: Sequence[Any]) -> jax.Arr
 
     def run(ctx, acc):
         del ctx
-        nvvm.wgmma_wait_group_sync_aligned(pending)
+        nvvm.wgmma_wait_group_sync_aligned(0)
         return fa.optimization_barrier(acc)
 
     return _inline(run, acc, arguments=(WGMMA_ACC,))

@@ -251,7 +251,7 @@ def issue(monkeypatch, m: int, n: int, k: int, b_is_nk: bool) -> Issued:
         acc = plgpu.layout_cast(jnp.zeros((m, n), jnp.float32), wgmma.WGMMA_ACC)
         words = ptx.load(words_gmem, ptx.metadata_layout())
         acc = wgmma.wgmma_sp(acc, a_smem, words, b_smem, b_is_nk=b_is_nk)
-        acc = wgmma.wgmma_wait(acc, 0, (a_smem, b_smem))
+        acc = wgmma.wgmma_wait(acc, (a_smem, b_smem))
         out_gmem[...] = plgpu.layout_cast(acc, wgmma.WGMMA)
 
     def smem(*shape):
@@ -364,9 +364,51 @@ def assert_good(kernel: ahead_of_time.Compiled, config: SM90Config):
     if kernel.sass is None:
         return
     operands = {"shared": "gdesc[", "registers": "R"}[config.a_from]
-    lines = [line.split("*/")[-1] for line in kernel.sass.splitlines()]
+    lines = [line.split("*/")[-1].strip() for line in kernel.sass.splitlines()]
     products = [line.split(", ")[1] for line in lines if "HGMMA.SP" in line]
     assert products and all(operand.startswith(operands) for operand in products)
+    assert not overwritten_metadata(lines)
+
+
+def overwritten_metadata(lines: list[str]) -> list[str]:
+    """Instructions that may write the metadata of a product which has not ended.
+
+    ptxas takes the register for free once the product is issued; CUTLASS never has two
+    sparse groups in flight. A branch back before the end counts, whatever it leads to.
+    """
+    offending, in_use, passed = [], set(), set()
+    for line in lines:
+        if label := re.fullmatch(r"(\.L_\w+):", line):
+            passed.add(label[1])
+        if metadata := re.search(r"HGMMA\.SP.*, R(\d+), 0x[01]\b", line):
+            in_use.add(int(metadata[1]))
+        elif line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"):
+            in_use = set()
+        elif in_use and (jump := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)):
+            offending += [line] if jump[1] in passed else []
+        elif written := re.match(r"(?:@!?U?P\w+ )?(\S+) (?:P\w+, )?R(\d+),", line):
+            name, first = written[1], int(written[2])
+            wide = re.search(r"\.(?:M88\.)?(2|4|64|128)\b", name)
+            count = {"2": 2, "4": 4, "64": 2, "128": 4}[wide[1]] if wide else 1
+            if in_use & {*range(first, first + count)}:
+                offending.append(line)
+    return offending
+
+
+def test_clusters_that_run_at_once():
+    """By the counts of CUTLASS for an H100: 116 blocks in clusters of 4."""
+    counts = [matmul_sm90._resident_clusters(132, blocks) for blocks in (1, 2, 4)]
+    assert counts == [132, 66, 29]
+
+
+def test_overwritten_metadata_is_found():
+    product = "HGMMA.SP.64x256x32.F32.BF16 R24, gdesc[UR16], R24, R153, 0x1, gsb0 ;"
+    load, end = "LDSM.16.M88.2 R152, [R7] ;", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+    back = "@P2 BRA `(.L_x_10) ;"
+    assert not overwritten_metadata([".L_x_10:", load, product, end, back])
+    assert overwritten_metadata([product, load, end]) == [load]
+    one = end.replace("0x0", "0x1")
+    assert overwritten_metadata([".L_x_10:", load, product, one, back]) == [back]
 
 
 @needs_compiler
