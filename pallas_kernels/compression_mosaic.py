@@ -30,6 +30,7 @@ on a GPU.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,14 +87,15 @@ def compress_magnitude(
         w = w.reshape(c, 16, b, 2, 2, 4)
         values, words = (b, 2, 2, 4, c, 8), (b, 2, 4, c, 1)
     warps = (row_warps, 1, 4 // row_warps)
+    grid = b // (warps[0] * lanes[0]), c // (warps[2] * lanes[2])
     kernel = ptx.kernel(
-        functools.partial(body, warps=warps, lanes=lanes),
+        functools.partial(body, grid=grid, warps=warps, lanes=lanes),
         out_type=(
             jax.ShapeDtypeStruct(values, dtype),
             jax.ShapeDtypeStruct(words, jnp.int32),
         ),
-        grid=(b // (warps[0] * lanes[0]), c // (warps[2] * lanes[2])),
-        grid_names=("rows", "k"),
+        grid=(math.prod(grid),),
+        grid_names=("block",),
         compiler_params=NO_BARRIERS,
         name=name,
         interpret=interpret,
@@ -112,16 +114,19 @@ def compress_transposable(
     warps = (4 // n_warps, n_warps, 1, 1)
     w = jnp.pad(w, ((0, padded_k - k), (0, padded_n - n)))
     c, b = padded_k // 16, padded_n // 16
+    grid = c // (warps[0] * lanes[0]), b // (warps[1] * lanes[1])
     kernel = ptx.kernel(
-        functools.partial(_tiles_kernel, warps=warps, lanes=lanes, at_most=at_most),
+        functools.partial(
+            _tiles_kernel, grid=grid, warps=warps, lanes=lanes, at_most=at_most
+        ),
         out_type=(
             jax.ShapeDtypeStruct((b, 2, 2, 4, c, 8), dtype),
             jax.ShapeDtypeStruct((b, 2, 4, c, 1), jnp.int32),
             jax.ShapeDtypeStruct((c, 4, 4, b, 2, 2, 2), dtype),
             jax.ShapeDtypeStruct((c, 8, b, 1), jnp.int32),
         ),
-        grid=(c // (warps[0] * lanes[0]), b // (warps[1] * lanes[1])),
-        grid_names=("k", "n"),
+        grid=(math.prod(grid),),
+        grid_names=("block",),
         compiler_params=NO_BARRIERS,
         name="nm_compress_tiles",
         interpret=interpret,
@@ -133,9 +138,8 @@ def compress_transposable(
     )
 
 
-def _rows_kernel(w_gmem, values_gmem, words_gmem, *, warps, lanes):
-    blocks = _slice("rows", warps[0] * lanes[0])
-    columns = _slice("k", warps[2] * lanes[2])
+def _rows_kernel(w_gmem, values_gmem, words_gmem, *, grid, warps, lanes):
+    blocks, columns = parts_of(grid, (warps[0] * lanes[0], warps[2] * lanes[2]))
     layout = functools.partial(ptx.thread_layout, warps, lanes)
     halves = []
     for h in range(2):
@@ -149,9 +153,8 @@ def _rows_kernel(w_gmem, values_gmem, words_gmem, *, warps, lanes):
     ptx.store(words_gmem.at[blocks, :, columns, :], halves[0] | halves[1])
 
 
-def _columns_kernel(w_gmem, values_gmem, words_gmem, *, warps, lanes):
-    blocks = _slice("rows", warps[0] * lanes[0])
-    columns = _slice("k", warps[2] * lanes[2])
+def _columns_kernel(w_gmem, values_gmem, words_gmem, *, grid, warps, lanes):
+    blocks, columns = parts_of(grid, (warps[0] * lanes[0], warps[2] * lanes[2]))
     layout = functools.partial(ptx.thread_layout, warps, lanes)
     halves = []
     for h in range(2):
@@ -187,12 +190,12 @@ def _tiles_kernel(
     values_t_gmem,
     words_t_gmem,
     *,
+    grid,
     warps,
     lanes,
     at_most,
 ):
-    columns = _slice("k", warps[0] * lanes[0])
-    blocks = _slice("n", warps[1] * lanes[1])
+    columns, blocks = parts_of(grid, (warps[0] * lanes[0], warps[1] * lanes[1]))
     layout = functools.partial(ptx.thread_layout, warps, lanes)
     dtype = values_gmem.dtype
     values = [[] for _ in range(4)]  # of W, for each of the thread's columns
@@ -304,9 +307,16 @@ def entries_of(vectors: jax.Array, layout) -> list[jax.Array]:
     return [single[..., i : i + 1] for i in range(vectors.shape[-1])]
 
 
-def _slice(axis: str, size: int) -> Any:
-    """This block's part of an axis of the grid."""
-    return pl.ds(lax.axis_index(axis) * size, size)
+def parts_of(grid: tuple[int, int], sizes: tuple[int, int]) -> list[Any]:
+    """This block's part of both axes of a grid that is launched as one axis.
+
+    CUDA's first axis has room for 2³¹ blocks, the others for 65,535.
+    """
+    block, columns = lax.axis_index("block"), jnp.int32(grid[1])
+    places = lax.div(block, columns), lax.rem(block, columns)
+    return [
+        pl.ds(place * size, size) for place, size in zip(places, sizes, strict=True)
+    ]
 
 
 def _cast(x: jax.Array, dtype: Any) -> jax.Array:

@@ -11,15 +11,19 @@ on a GPU.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 
 from pallas_kernels import ptx
-from pallas_kernels.compression_mosaic import NO_BARRIERS, entries_of, unavailable
+from pallas_kernels.compression_mosaic import (
+    NO_BARRIERS,
+    entries_of,
+    parts_of,
+    unavailable,
+)
 from pallas_kernels.reference import mask_of_bits
 from pallas_kernels.tile_selection import transposable_2to4
 
@@ -34,11 +38,12 @@ def tile_mask(scores: jax.Array, *, at_most: bool, interpret: Any = None) -> jax
     lanes, padded_rows, padded_columns = _tile(rows, columns)
     scores = jnp.pad(scores, ((0, padded_rows - rows), (0, padded_columns - columns)))
     r, c = padded_rows // 4, padded_columns // 4
+    grid = r // (_WARPS[0] * lanes[0]), c // lanes[1]
     kernel = ptx.kernel(
-        functools.partial(_kernel, lanes=lanes, at_most=at_most),
+        functools.partial(_kernel, grid=grid, lanes=lanes, at_most=at_most),
         out_type=jax.ShapeDtypeStruct((r, c, 1), jnp.int32),
-        grid=(r // (_WARPS[0] * lanes[0]), c // lanes[1]),
-        grid_names=("rows", "columns"),
+        grid=(math.prod(grid),),
+        grid_names=("block",),
         compiler_params=NO_BARRIERS,
         name="nm_tile_mask",
         interpret=interpret,
@@ -47,10 +52,8 @@ def tile_mask(scores: jax.Array, *, at_most: bool, interpret: Any = None) -> jax
     return mask_of_bits(bits.reshape(r, c))[:rows, :columns]
 
 
-def _kernel(scores_gmem, bits_gmem, *, lanes, at_most):
-    size = _WARPS[0] * lanes[0]
-    rows = pl.ds(lax.axis_index("rows") * size, size)
-    columns = pl.ds(lax.axis_index("columns") * lanes[1], lanes[1])
+def _kernel(scores_gmem, bits_gmem, *, grid, lanes, at_most):
+    rows, columns = parts_of(grid, (_WARPS[0] * lanes[0], lanes[1]))
     layout = functools.partial(ptx.thread_layout, _WARPS, lanes)
     tile = []  # 4x4 of (rows, columns, 1)
     for i in range(4):

@@ -304,6 +304,7 @@ def test_kernel_compiles_with_wide_loads_and_no_spills(target, name, dtype):
     result = ahead_of_time.compile_kernel(function, w, target=target)
     assert widths(result.ptx, "ld") == loads
     assert widths(result.ptx, "st") == stores
+    assert "%ctaid.y" not in result.ptx  # the axis ends at 65,535
     assert result.spilled_bytes() == 0
     assert result.registers() <= registers
 

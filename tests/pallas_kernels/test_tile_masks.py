@@ -108,6 +108,7 @@ def test_kernel_compiles_with_wide_loads_and_no_spills(target, at_most, register
         target=target,
     )
     assert widths(result.ptx, "ld") == {8: 4}
+    assert "%ctaid.y" not in result.ptx  # the axis ends at 65,535
     assert result.spilled_bytes() == 0
     assert result.registers() <= registers
 
