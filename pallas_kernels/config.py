@@ -301,10 +301,11 @@ def heuristic_sm90(m: int, n: int, k: int) -> SM90Config:
 
 def heuristic_sm100(m: int, n: int, k: int) -> SM100Config:
     """A Config for `tcgen05.mma.sp`, by the size of the product alone."""
-    # The widest tile reads least: 164 bytes a clock at the tensor core's full rate (data
-    # sheet), where 128 columns read 200. It has room for two steps and one accumulator,
-    # the other for three and two; which is faster was not measured. The smaller where
-    # wide ones would leave more than half of a B200's 148 multiprocessors without work.
+    # The widest tile reads least: 164 bytes a clock at the tensor core's full rate, by
+    # the data sheet, where 128 columns read 200. It has room for two steps and one
+    # accumulator, the other for three and two; which is faster was not measured. The
+    # smaller where wide ones would leave more than half of a B200's 148 multiprocessors
+    # without work.
     block_n = 256 if _tiles(m, 128) * _tiles(n, 256) >= 74 else 128
     # 128 is the shortest step that metadata allow, and leaves the most stages.
     tile = {"block_m": 128, "block_n": block_n, "block_k": 128}
