@@ -194,6 +194,11 @@ def _why_not(candidate: Candidate, recipe: Recipe, ragged: Ragged | None) -> str
         if size_error := _size_error(candidate.shape[axis], axis, m, parts):
             ragged_hint = f"; ragged={ragged!r} is for magnitude masks along one axis"
             return size_error + (ragged_hint if ragged else "")
+    if recipe.reorder and candidate.out_parts > 1:
+        return (
+            f"recipe {recipe.name!r} orders outputs anew, which must stay in their "
+            f"{candidate.out_parts} feature groups: reorder=None"
+        )
     return ""
 
 

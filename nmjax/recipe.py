@@ -194,6 +194,11 @@ class Recipe:
                 f"the schedule's patterns {patterns} do not fit pattern {self.pattern}"
                 f" and tile={self.tile!r}: all have one m, and tiles are 2:4"
             )
+        if patterns and self.mask == "learned":
+            return (
+                f"the schedule's patterns {patterns} do not fit mask='learned': logits "
+                "are of the combinations of one pattern"
+            )
         if self.schedule.freeze_from < 1 and self.mask in (
             None,
             "soft-threshold",

@@ -35,7 +35,8 @@ def ste(
     Args:
       pattern: n kept of every m.
       refresh: Optimizer steps between two choices of the mask.
-      multipliers: (a, b), as xformers' `sparsify24_ste` has them; (1, 1) is plain.
+      multipliers: (a, b), of kept and dropped weights; (1, 1) is plain. xformers'
+        `sparsify24_ste` has them in the other order, (bw_mul0, bw_mul1) = (b, a).
       schedule: When the recipe acts.
     """
     return Recipe(

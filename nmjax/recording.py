@@ -9,6 +9,7 @@ scanned Dense kernel has the same rank as either.
 """
 
 import contextvars
+import inspect
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from nmjax.equation import Equation
 from nmjax.paths import map_named, named_leaves
 from nmjax.planning import EMBEDDING, Candidate, PlanError, is_weight
 from nmjax.sparse_kernel import OPS
+
+LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Einsum)
 
 OWN_PARAMETER = (
     "no hook: the model reads this parameter itself; leave it dense here and mask it "
@@ -47,6 +50,7 @@ def find_candidates(
     """
     found: dict[str, dict[str, Any]] = {}
     recording = _RECORDING.set(True)
+    stored: list[Any] = []
     token = object()  # in every box: a cached inner jit would not call the interceptor
 
     def note(next_function, call_args, call_kwargs, context):
@@ -58,12 +62,13 @@ def find_candidates(
                 "with nmjax.plan_params and nmjax.sparsify_params"
             )
         if context.method_name == "__call__" and layer.scope is not None:
-            _note_layer(found, layer, call_args, call_kwargs)
+            _note_layer(found, layer, call_args, call_kwargs, stored)
         result = next_function(*call_args, **call_kwargs)
         _note_own_parameters(found, layer)
         return result
 
     def run(variables):
+        stored.extend(jax.tree.leaves(variables["params"]))
         params = map_named(
             lambda path, leaf: _Tag(
                 leaf, (token, path, leaf.ndim, tuple(range(-leaf.ndim, 0)))
@@ -127,11 +132,12 @@ class _Tag(meta.AxisMetadata):
         return self  # only on the way out, where nobody looks
 
 
-def _note_layer(found, layer, args, kwargs):
+def _note_layer(found, layer, args, kwargs, stored):
     """Notes the geometry of a Flax layer that has a kernel."""
     tag = layer.scope.get_variable("params", "kernel")
     if not isinstance(tag, _Tag):
         return
+    _refuse_another_weight(layer, tag.value, stored)
     ndim = tag.value.ndim
     axes = contracted_axes(layer, ndim, args, kwargs)
     if axes is None:
@@ -156,6 +162,23 @@ def _note_layer(found, layer, args, kwargs):
             "no single mask serves both; leave it dense"
         )
     found[path] = note
+
+
+def _refuse_another_weight(layer, kernel, stored):
+    """Refuses a layer whose kernel is computed from the stored one.
+
+    Where no scan, vmap, remat or jit is around the layer, what it reads is the stored
+    array itself, or the model has put another in its place.
+    """
+    trace = getattr(kernel, "_trace", None)
+    if any(getattr(leaf, "_trace", None) is not trace for leaf in stored):
+        return
+    if not any(leaf is kernel for leaf in stored):
+        raise PlanError(
+            f"{'/'.join(layer.path)}: the model transforms this layer's parameters "
+            "(nn.map_variables), and masks are of parameters as stored; mask them with "
+            "nmjax.plan_params and nmjax.sparsify_params"
+        )
 
 
 def _note_own_parameters(found, module):
@@ -268,10 +291,31 @@ def own_hook(layer: nn.Module) -> str:
     return ""
 
 
+def own_body(cls: type, layers: tuple[type, ...]) -> str:
+    """Why a subclass of a Flax layer reads its kernel in a way of its own, or "".
+
+    Args:
+      cls: Class of the layer.
+      layers: Flax's classes.
+    """
+    for base in cls.__mro__:
+        if base in layers:
+            return ""
+        if "param" in vars(base):
+            return f"no hook: {base.__name__} has its own param"
+        if "__call__" in vars(base):
+            code = getattr(inspect.unwrap(vars(base)["__call__"]), "__code__", None)
+            if code is None or "__call__" not in code.co_names:
+                return f"no hook: {base.__name__}.__call__ does not call Flax's"
+    return ""
+
+
 def why_no_hook(layer: nn.Module, shape: tuple[int, ...]) -> str:
     """Why a known layer cannot take a sparse kernel, or ""."""
     if taken := own_hook(layer):
         return taken
+    if no_hook := own_body(type(layer), LAYERS):
+        return no_hook
     if isinstance(layer, nn.ConvLocal):
         return "unshared weights: not one GEMM"
     if getattr(layer, "mask", None) is not None:

@@ -86,7 +86,7 @@ class Rule:
         return re.fullmatch(self.path, layer_path(path)) is not None
 
 
-Rules = Sequence[Rule] | Recipe | NMPattern | str
+Rules = Sequence[Rule] | Rule | Recipe | NMPattern | str
 
 
 def as_rules(rules: Rules) -> tuple[Rule, ...]:
@@ -97,7 +97,7 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
     """
     if isinstance(rules, str | NMPattern | Recipe):
         return (Rule(".*", rules, ineligible="dense"),)
-    rules = tuple(rules)
+    rules = (rules,) if isinstance(rules, Rule) else tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
             raise ValueError(

@@ -81,7 +81,8 @@ def next_state(params: Any, plan: Plan, state: NMState, before: Plan) -> NMState
     Returns:
       As `init_state(params, plan)`, except that a recipe that chooses its mask once
       takes over the masks in force where they were chosen as its own are (masks freeze
-      as they are), a soft threshold its scale, and dgrad's mask its order of outputs.
+      as they are), a soft threshold its scale, dgrad's mask its order of outputs, and
+      a learned mask its temperature.
 
     Raises:
       ValueError: As `init_state`.
@@ -96,7 +97,9 @@ def next_state(params: Any, plan: Plan, state: NMState, before: Plan) -> NMState
         same = old is not None and _choice_of(old) == _choice_of(sparsity)
         carried = known.get(path, {}) if same else {}
         entry = sparsity.init(w, carried.get("output_order"))
-        kept = {"scale"} if recipe.refresh is not None else {"scale", *MASKS}
+        kept = {"scale", "temperature"}
+        if recipe.refresh is None:
+            kept |= set(MASKS)
         entry |= {n: x for n, x in carried.items() if n in kept and n in entry}
         flat[path] = entry
     return nest(flat)

@@ -7,7 +7,6 @@ axes were moved and no recipe can act on it.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,12 @@ from jax import lax
 
 from nmjax.nnx.variables import NMLogits
 from nmjax.planning import EMBEDDING, Candidate, is_weight
-from nmjax.recording import OWN_PARAMETER, einsum_axes, einsum_out_axes
+from nmjax.recording import (
+    OWN_PARAMETER,
+    einsum_axes,
+    einsum_out_axes,
+    own_body,
+)
 
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose, nnx.Einsum)
 
@@ -62,7 +66,10 @@ def find_weights(model: nnx.Module) -> dict[str, Weight]:
       at the path that it has there.
     """
     holders: dict[int, list[tuple[Any, str]]] = {}
+    rewritten: dict[int, str] = {}
     for _, module in nnx.iter_modules(model):
+        if isinstance(module, (nnx.WeightNorm, nnx.SpectralNorm)):
+            rewritten[id(module.layer_instance)] = type(module).__name__
         for name, value in vars(module).items():
             if isinstance(value, nnx.Variable):
                 holders.setdefault(id(value), []).append((module, name))
@@ -72,6 +79,11 @@ def find_weights(model: nnx.Module) -> dict[str, Weight]:
         if not hasattr(param.get_value(), "shape"):  # a bare number, a tree of arrays
             continue
         weight = make_weight(path, param, holders.get(id(param), ()))
+        norms = [rewritten[id(x)] for x in weight.layers if id(x) in rewritten]
+        if norms:
+            reason = f"{norms[0]} rewrites the weights of the layer inside it"
+            candidate = dataclasses.replace(weight.candidate, reason=reason)
+            weight = dataclasses.replace(weight, candidate=candidate)
         if is_weight(path, weight.ndim) and not isinstance(param, NMLogits):
             weights[path] = weight
     return weights
@@ -173,21 +185,10 @@ def _why_not(layer: Any, shape: tuple[int, ...]) -> str:
             return f"the layer has its own {hook}"
     if getattr(layer, "mask", None) is not None:
         return "the layer has its own mask"
-    if not _calls_flax(type(layer)):
-        return f"no hook: {type(layer).__name__}.__call__ does not call Flax's"
+    if no_hook := own_body(type(layer), LAYERS):
+        return no_hook
     if not _contracted_axes(layer):
         return "its equation contracts no axis of the kernel"
     if isinstance(layer, nnx.Conv) and layer.feature_group_count > 1 and own[-2] == 1:
         return "depthwise: 1 input channel in each group"
     return ""
-
-
-def _calls_flax(cls: type) -> bool:
-    """Whether a subclass's own `__call__`, if it has one, ends up in Flax's."""
-    for base in cls.__mro__:
-        if base in LAYERS:
-            return True
-        if "__call__" in vars(base):
-            code = getattr(inspect.unwrap(vars(base)["__call__"]), "__code__", None)
-            return code is not None and "__call__" in code.co_names
-    return True

@@ -374,6 +374,8 @@ def test_the_temperature_follows_the_step():
     np.testing.assert_array_equal(state["kernel"]["temperature"], [[4.0]])
     state = jax.jit(lambda s, t: nmjax.refresh(s, {"kernel": W}, plan, t))(state, 5)
     np.testing.assert_array_equal(state["kernel"]["temperature"], [[2.5]])
+    state = nmjax.next_state({"kernel": W}, plan, state, plan)
+    np.testing.assert_array_equal(state["kernel"]["temperature"], [[2.5]])
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 

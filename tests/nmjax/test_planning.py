@@ -53,6 +53,14 @@ class Net(nn.Module):
         return nn.Dense(10, name="head")(x)
 
 
+def test_an_order_of_outputs_does_not_cross_feature_groups():
+    layer, x = nn.Conv(16, (3, 3), feature_group_count=2), jnp.ones((1, 4, 4, 8))
+    with pytest.raises(PlanError, match="stay in their 2 feature groups: reorder=None"):
+        nmjax.plan(layer, [Rule(".*", recipes.bi_mask("2:4"))], x)
+    plan = nmjax.plan(layer, [Rule(".*", recipes.bi_mask("2:4", reorder=None))], x)
+    assert plan["kernel"].sparse
+
+
 # Rules
 
 
@@ -106,6 +114,7 @@ def test_a_bare_pattern_makes_sparse_what_can_be():
     expected = (Rule(".*", "2:4", ineligible="dense"),)
     assert as_rules("2:4") == as_rules(NMPattern("2:4")) == expected
     assert as_rules(recipes.sr_ste("2:4")) == expected
+    assert as_rules(expected[0]) == expected
     with pytest.raises(ValueError, match="expected nmjax.Rule"):
         as_rules([None])
 

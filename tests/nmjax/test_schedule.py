@@ -132,6 +132,8 @@ def test_a_schedule_that_a_recipe_cannot_follow_is_refused():
     for patterns in (((0.5, "2:8"),), ((0.2, "1:8"), (0.5, "2:4"))):
         with pytest.raises(ValueError, match="all have one m"):
             recipes.ste("2:4", schedule=Schedule(patterns=patterns))
+    with pytest.raises(ValueError, match="logits are of the combinations of one"):
+        recipes.learned("3:4", schedule=Schedule(patterns=((0.5, "2:4"),)))
     with pytest.raises(ValueError, match="do not fit pattern None"):
         Recipe("dense", schedule=Schedule(patterns=((0.5, "2:4"),)))
     with pytest.raises(ValueError, match="tiles are 2:4"):

@@ -264,6 +264,63 @@ def test_wrappers_that_rewrite_parameters_are_refused_by_name():
         nmjax.plan(Normed(), "2:4", jnp.ones((2, 8)))
 
 
+def test_parameters_that_the_model_transforms_are_refused():
+    def standardised(params):
+        return jax.tree.map(lambda w: w - w.mean(0), params)
+
+    class Standardised(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = self.is_initializing()
+            layer = nn.map_variables(
+                nn.Dense, "params", standardised, init=init, mutable=init
+            )
+            return layer(8, name="layer")(x)
+
+    with pytest.raises(nmjax.PlanError, match="layer: the model transforms this lay"):
+        nmjax.plan(Standardised(), "2:4", jnp.ones((2, 8)))
+
+
+class ByHand(nn.Dense):
+    """Reads its kernel in a way of its own."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        shape = inputs.shape[-1], self.features
+        return inputs @ self.param("kernel", self.kernel_init, shape)
+
+
+class Centred(nn.Conv):
+    """Weight standardisation as in Big Transfer."""
+
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return value - value.mean() if name == "kernel" else value
+
+
+class Doubled(nn.Dense):
+    """Ends up in Flax's own call."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+@pytest.mark.parametrize(
+    "layer, shape, reason",
+    [
+        (ByHand(8), (2, 8), "no hook: ByHand.__call__ does not call Flax's"),
+        (Centred(8, (3, 3)), (1, 4, 4, 8), "no hook: Centred has its own param"),
+        (Doubled(8), (2, 8), ""),
+    ],
+    ids=["own call", "own param", "Flax's call"],
+)
+def test_a_subclass_is_sparse_where_it_calls_flax(layer, shape, reason):
+    plan = nmjax.plan(layer, "2:4", jnp.ones(shape))
+    assert plan["kernel"].reason == reason
+    assert plan["kernel"].sparse == (not reason)
+
+
 def test_a_missing_state_raises():
     variables, x = mlp_case()
     rules = [nmjax.Rule("head", None), nmjax.Rule(".*", nmjax.recipes.one_shot("2:4"))]

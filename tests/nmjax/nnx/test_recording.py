@@ -201,3 +201,10 @@ def test_abstract_models():
     sparse = nmjax.sparsify(abstract, "2:4")
     nnx.update(sparse, nnx.state(model))
     np.testing.assert_array_equal(sparse(x), nmjax.sparsify(model, "2:4")(x))
+
+
+@pytest.mark.parametrize("norm", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_wrappers_that_rewrite_parameters_are_refused(norm):
+    model = norm(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    with pytest.raises(nmjax.PlanError, match=f"{norm.__name__} rewrites the weights"):
+        nmjax.plan(model, [nmjax.Rule(".*", "2:4")])
