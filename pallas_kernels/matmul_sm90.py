@@ -112,18 +112,8 @@ def gemm(
     # Interpreted, two clusters: each makes several tiles.
     clusters = 2
     if interpret is None:
-        clusters = _resident_clusters(ptx.multiprocessors(), config.cluster_m)
+        clusters = ptx.multiprocessors() // config.cluster_m
     return _gemm(a, b, bias, form, config, clusters, interpret)
-
-
-def _resident_clusters(multiprocessors: int, blocks: int) -> int:
-    """How many clusters run at once, at least, with one block a multiprocessor.
-
-    A cluster lies within a GPC, of at most 18 multiprocessors (H100). How many each has
-    differs from device to device: of 132, in the worst case seven are whole.
-    """
-    whole, rest = divmod(multiprocessors, 18)
-    return whole * (18 // blocks) + rest // blocks
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))

@@ -395,12 +395,6 @@ def overwritten_metadata(lines: list[str]) -> list[str]:
     return offending
 
 
-def test_clusters_that_run_at_once():
-    """By the counts of CUTLASS for an H100: 116 blocks in clusters of 4."""
-    counts = [matmul_sm90._resident_clusters(132, blocks) for blocks in (1, 2, 4)]
-    assert counts == [132, 66, 29]
-
-
 def test_overwritten_metadata_is_found():
     product = "HGMMA.SP.64x256x32.F32.BF16 R24, gdesc[UR16], R24, R153, 0x1, gsb0 ;"
     load, end = "LDSM.16.M88.2 R152, [R7] ;", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
