@@ -115,17 +115,16 @@ class Records:
 
 def _training(options: CompareOptions) -> dict[str, Any]:
     """What all networks' training has that is not the default, as JSON."""
-    plain, values = Options().flat(), TRAINING[options.dataset].flat()
-    changed = {name: value for name, value in values.items() if value != plain[name]}
-    return json.loads(json.dumps(changed))
+    return _changed(TRAINING[options.dataset].flat(), Options().flat())
 
 
 def _facts(method: Method) -> dict[str, Any]:
     """What a method's networks depend on, where it is not the default, as JSON."""
-    plain = dataclasses.asdict(Method("", method.recipe))
-    facts = {
-        name: value
-        for name, value in dataclasses.asdict(method).items()
-        if name != "label" and (name == "recipe" or value != plain[name])
-    }
-    return json.loads(json.dumps(facts))
+    plain = dataclasses.asdict(Method(method.label, method.recipe))
+    return _changed(dataclasses.asdict(method), {**plain, "recipe": None})
+
+
+def _changed(values: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """The values that differ from the plain ones, as JSON reads them back."""
+    changed = {name: value for name, value in values.items() if value != plain[name]}
+    return json.loads(json.dumps(changed))

@@ -25,6 +25,7 @@ from nmjax.planning import Candidate, PlanError, make_plan
 from nmjax.recipe import Recipe
 from nmjax.recipes import as_recipe
 from nmjax.recording import (
+    LAYERS,
     contracted_axes,
     equation_of,
     is_recording,
@@ -84,13 +85,10 @@ def hooked(
             object.__setattr__(layer, name, value)
 
 
-_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.Einsum)
-
-
 def hook_boxed_layers(next_function, args, kwargs, context):
     """Interceptor: hooks each layer whose kernel comes in a box."""
     layer, scope = context.module, context.module.scope
-    if isinstance(layer, _LAYERS) and context.method_name == "__call__" and scope:
+    if isinstance(layer, LAYERS) and context.method_name == "__call__" and scope:
         box = scope.get_variable("params", "kernel")
         if isinstance(box, KernelBox):
             if isinstance(layer, nn.Einsum) and box.sparsity.recipe.needs_op:

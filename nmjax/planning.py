@@ -257,7 +257,7 @@ def check_entry_sharding(entry: PlanEntry, array: Any) -> None:
 
 
 def check_sharding(path: str, array: Any, axis: int, recipe: Recipe | None) -> None:
-    """As `check_sharding`, for one axis."""
+    """As `check_entry_sharding`, for one axis."""
     if recipe is None or recipe.pattern is None or not isinstance(array, jax.Array):
         return
     shape, m = array.shape, recipe.pattern.m

@@ -21,7 +21,8 @@ from nmjax.paths import map_named, named_leaves
 from nmjax.planning import EMBEDDING, Candidate, PlanError, is_weight
 from nmjax.sparse_kernel import OPS
 
-LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Einsum)
+# The Flax layers whose kernel can be sparse.
+LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.Einsum)
 
 OWN_PARAMETER = (
     "no hook: the model reads this parameter itself; leave it dense here and mask it "
@@ -50,7 +51,7 @@ def find_candidates(
     """
     found: dict[str, dict[str, Any]] = {}
     recording = _RECORDING.set(True)
-    stored: list[Any] = []
+    stored: dict[str, Any] = {}
     token = object()  # in every box: a cached inner jit would not call the interceptor
 
     def note(next_function, call_args, call_kwargs, context):
@@ -68,14 +69,11 @@ def find_candidates(
         return result
 
     def run(variables):
-        stored.extend(jax.tree.leaves(variables["params"]))
-        params = map_named(
-            lambda path, leaf: _Tag(
-                leaf, (token, path, leaf.ndim, tuple(range(-leaf.ndim, 0)))
-            ),
-            variables["params"],
-            keep_boxes=False,
-        )
+        def tagged(path, leaf):
+            stored[path] = leaf
+            return _Tag(leaf, (token, path, leaf.ndim, tuple(range(-leaf.ndim, 0))))
+
+        params = map_named(tagged, variables["params"], keep_boxes=False)
         with nn.intercept_methods(note):
             model.apply({**variables, "params": params}, *args, **kwargs)
 
@@ -137,19 +135,19 @@ def _note_layer(found, layer, args, kwargs, stored):
     tag = layer.scope.get_variable("params", "kernel")
     if not isinstance(tag, _Tag):
         return
-    _refuse_another_weight(layer, tag.value, stored)
+    _, path, rank, stored_axes = tag.static
+    _refuse_another_weight(layer, tag.value, stored[path])
     ndim = tag.value.ndim
     axes = contracted_axes(layer, ndim, args, kwargs)
     if axes is None:
         return
-    _, path, rank, stored = tag.static
     outputs = output_axes(layer, ndim, args, kwargs)
     note = {
         "layer": type(layer).__name__,
-        "axes": tuple(stored[axis] for axis in axes),
-        "out_axes": tuple(stored[axis] for axis in outputs),
+        "axes": tuple(stored_axes[axis] for axis in axes),
+        "out_axes": tuple(stored_axes[axis] for axis in outputs),
         "out_parts": getattr(layer, "feature_group_count", 1),
-        "stacked": tuple(a for a in range(-rank, 0) if a not in stored),
+        "stacked": tuple(a for a in range(-rank, 0) if a not in stored_axes),
         "weight_only": isinstance(layer, nn.ConvTranspose),
         "reason": why_no_hook(layer, tag.value.shape),
         "recipe": getattr(layer, "nm_recipe", None),
@@ -165,15 +163,13 @@ def _note_layer(found, layer, args, kwargs, stored):
 
 
 def _refuse_another_weight(layer, kernel, stored):
-    """Refuses a layer whose kernel is computed from the stored one.
+    """Refuses a layer whose kernel is computed from the one stored at its path.
 
     Where no scan, vmap, remat or jit is around the layer, what it reads is the stored
     array itself, or the model has put another in its place.
     """
-    trace = getattr(kernel, "_trace", None)
-    if any(getattr(leaf, "_trace", None) is not trace for leaf in stored):
-        return
-    if not any(leaf is kernel for leaf in stored):
+    same_trace = getattr(kernel, "_trace", None) is stored._trace
+    if kernel is not stored and same_trace:
         raise PlanError(
             f"{'/'.join(layer.path)}: the model transforms this layer's parameters "
             "(nn.map_variables), and masks are of parameters as stored; mask them with "
@@ -314,10 +310,10 @@ def why_no_hook(layer: nn.Module, shape: tuple[int, ...]) -> str:
     """Why a known layer cannot take a sparse kernel, or ""."""
     if taken := own_hook(layer):
         return taken
-    if no_hook := own_body(type(layer), LAYERS):
-        return no_hook
     if isinstance(layer, nn.ConvLocal):
         return "unshared weights: not one GEMM"
+    if no_hook := own_body(type(layer), LAYERS):
+        return no_hook
     if getattr(layer, "mask", None) is not None:
         return "the layer has its own mask"
     if isinstance(layer, nn.Conv) and layer.feature_group_count > 1 and shape[-2] == 1:

@@ -261,23 +261,30 @@ def _kernel(
 
         lax.fori_loop(0, steps, step, None)
 
+    def product(step, acc, operand):
+        """`acc + A · B` of a step; `operand(stage)` gives A's values and metadata."""
+        s = stage(step)
+        plgpu.barrier_wait(full.at[s])
+        (values, words), b = operand(s), b_smem.at[s]
+        acc = wgmma.wgmma_sp(acc, values, words, b, b_is_nk=not form.b_is_kn)
+        acc = wgmma.wgmma_wait(acc, [values, b] if config.a_from == "shared" else [b])
+        # One thread lets go of a stage for its warpgroup. Products end when all four
+        # warps have issued them, hence have loaded their metadata.
+        plgpu.barrier_arrive(empty.at[s])
+        return acc
+
     def multiply_from_shared(row, first):
         del row
         values_smem, metadata_smem = a_smem
         rows = pl.ds(warpgroup * half, half)
         word_rows = pl.ds(warpgroup * half // 2, half // 2)
 
-        def step(i, acc):
-            s = stage(first + i)
-            plgpu.barrier_wait(full.at[s])
+        def operand(s):
             words = ptx.load(metadata_smem.at[s, word_rows], ptx.metadata_layout())
-            values, b = values_smem.at[s, rows], b_smem.at[s]
-            acc = wgmma.wgmma_sp(acc, values, words, b, b_is_nk=not form.b_is_kn)
-            acc = wgmma.wgmma_wait(acc, [values, b])
-            # One thread lets go of a stage for its warpgroup. Products end when all
-            # four warps have issued them, hence have loaded their metadata.
-            plgpu.barrier_arrive(empty.at[s])
-            return acc
+            return values_smem.at[s, rows], words
+
+        def step(i, acc):
+            return product(first + i, acc, operand)
 
         return lax.fori_loop(0, steps, step, zeros())
 
@@ -299,12 +306,7 @@ def _kernel(
         def step(i, carry):
             acc, values, words = carry
             ahead = fragments(lax.min(i + 1, steps - 1))
-            s = stage(first + i)
-            plgpu.barrier_wait(full.at[s])
-            b = b_smem.at[s]
-            acc = wgmma.wgmma_sp(acc, values, words, b, b_is_nk=not form.b_is_kn)
-            acc = wgmma.wgmma_wait(acc, [b])
-            plgpu.barrier_arrive(empty.at[s])
+            acc = product(first + i, acc, lambda s: (values, words))
             return acc, *ahead
 
         acc, *_ = lax.fori_loop(0, steps, step, (zeros(), *fragments(0)))
