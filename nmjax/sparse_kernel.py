@@ -234,8 +234,7 @@ def box_kernels(
         if path not in sparse:
             return leaf
         sparsity, w = sparse[path], jnp.asarray(leaf)
-        known = entries.get(path, {})
-        entry = {name: x for name, x in known.items() if name != "flip_rate"}
+        entry = dict(entries.get(path, {}))
         if path in logits:
             entry["logits"] = sparsity.flat_logits(logits[path])
         if key is not None and sparsity.recipe.draws:

@@ -105,6 +105,10 @@ class Sparsity:
             size if i - rank in self.stacked else 1 for i, size in enumerate(shape)
         )
 
+    def own_axes(self, rank: int) -> tuple[int, ...]:
+        """The axes that nothing stacks: over them, one number is kept."""
+        return tuple(i for i in range(-rank, 0) if i not in self.stacked)
+
     def own_key(self, key: jax.Array) -> jax.Array:
         """The key from which this parameter draws in a call with `key`."""
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -129,11 +133,9 @@ class Sparsity:
         if recipe.keeps_mask:
             entry |= self.choose_masks(w, entry)
             if recipe.refresh is not None:
-                entry["flip_rate"] = jnp.zeros((), jnp.float32)
+                entry["flip_rate"] = jnp.zeros(self.number_shape(w.shape), jnp.float32)
         if "scale" in names:
-            rank = w.ndim
-            over = tuple(i for i in range(-rank, 0) if i not in self.stacked)
-            mask = self.choose_mask(w)
+            mask, over = self.choose_mask(w), self.own_axes(w.ndim)
             entry["scale"] = estimators.soft_threshold_scale(
                 w, mask, self.pattern, self.axis, over
             )

@@ -124,7 +124,7 @@ def refresh(state: NMState, params: Any, plan: Plan, step: int | jax.Array) -> N
 
     Returns:
       A state of the same structure. `flip_rate` of an entry is the share of mask bits
-      that its last refresh changed.
+      that its last refresh changed, one for each layer that a scan or vmap stacks.
 
     Raises:
       ValueError: As `init_state`; or the state is not of this plan.
@@ -172,7 +172,8 @@ def _refresh_masks(sparsity: Sparsity, w, entry, step) -> dict[str, jax.Array]:
     due = jnp.asarray(step) % interval == 0
     choose = lambda w: sparsity.choose_masks(w, entry)  # noqa: E731
     new = jax.lax.cond(due, choose, lambda w: masks, w)
-    rate = jnp.mean(new["mask"] != masks["mask"], dtype=jnp.float32)
+    changed = (new["mask"] != masks["mask"]).astype(jnp.float32)
+    rate = jnp.mean(changed, sparsity.own_axes(w.ndim), keepdims=True)
     return {**new, "flip_rate": jnp.where(due, rate, entry["flip_rate"])}
 
 

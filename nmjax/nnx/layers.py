@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from nmjax.nnx.recording import Weight, make_weight
@@ -330,8 +329,7 @@ def store_entry(weight: Weight, state: NMState, logits: Any = None) -> None:
       state: A state of the model.
       logits: From `nmjax.init_logits`, or None: they stay as they are.
     """
-    path, shape = weight.candidate.path, weight.candidate.shape
-    metadata = weight.param.get_metadata()
+    path, metadata = weight.candidate.path, weight.param.get_metadata()
     sharding = {key: metadata[key] for key in _SHARDING if key in metadata}
     for name in MASKS:
         mask = state_leaves(state, name).get(path)
@@ -343,7 +341,6 @@ def store_entry(weight: Weight, state: NMState, logits: Any = None) -> None:
             _put(weight, f"nm_{name}", lambda x=number: NMNumber(x), number)
     rate = state_leaves(state, "flip_rate").get(path)
     if rate is not None:
-        rate = jnp.broadcast_to(rate, shape[: len(shape) - weight.ndim])
         _put(weight, "nm_flip_rate", lambda: NMFlipRate(rate), rate)
     learned = named_leaves(logits or {}).get(path)
     if learned is not None:

@@ -176,7 +176,7 @@ def state(model: nnx.Module) -> NMState:
         entry = kept_entry(layer, path)
         flat[path] = {name: x for name, x in entry.items() if name != "logits"}
         if layer.nm_flip_rate is not None:
-            flat[path]["flip_rate"] = layer.nm_flip_rate[...].ravel()[0]
+            flat[path]["flip_rate"] = layer.nm_flip_rate[...]
     return nest(flat)
 
 

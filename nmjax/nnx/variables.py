@@ -22,11 +22,8 @@ class NMNumber(NMMask):
     """
 
 
-class NMFlipRate(NMMask):
-    """Share of the mask's bits that its last refresh changed, float32.
-
-    A scalar, or the same number for each of the layers that `nnx.vmap` has stacked.
-    """
+class NMFlipRate(NMNumber):
+    """Share of the mask's bits that its last refresh changed, float32."""
 
 
 class NMKey(NMMask):

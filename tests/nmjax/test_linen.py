@@ -186,6 +186,38 @@ def test_under_scan_and_remat():
     assert nmjax.plan(Stack(), [], X)["blocks/d/kernel"].axes == (-2,)
 
 
+def test_under_scan_a_mask_is_refreshed():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            recipe = recipes.ste("2:4", refresh=2)
+            return nmjax.linen.Dense(8, recipe=recipe, name="d")(x), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"params": 0, "nm": 0}
+            rngs = {"params": True}
+            scanned = nn.scan(Block, variable_axes=axes, split_rngs=rngs, length=2)
+            return scanned(name="blocks")(x, None)[0]
+
+    params = Stack().init(jax.random.key(0), X)["params"]
+    plan = nmjax.plan(Stack(), [], X)
+    state = nmjax.init_state(params, plan)
+    kernel = params["blocks"]["d"]["kernel"]
+    moved = {"blocks": {"d": {**params["blocks"]["d"], "kernel": kernel[::-1]}}}
+    state = nmjax.refresh(state, moved, plan, 2)
+    entry, expected = state["blocks"]["d"]["kernel"], X
+    before, after = (nmjax.magnitude_mask(k, "2:4") for k in (kernel, kernel[::-1]))
+    rates = np.mean(before != after, axis=(1, 2), dtype=np.float32, keepdims=True)
+    np.testing.assert_allclose(entry["flip_rate"], rates, rtol=1e-6)
+    for w, mask in zip(kernel[::-1], after, strict=True):
+        expected = expected @ jnp.where(mask, w, 0)
+    np.testing.assert_allclose(
+        Stack().apply({"params": moved, "nm": state}, X), expected, rtol=1e-5, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "recipe"),
     [
