@@ -82,14 +82,8 @@ def compare(options: CompareOptions, say: Callable[[str], None] = _say) -> None:
             (folder / "table.md").write_text(f"{text}\n\n{_origin(options)}\n")
     say(f"\n{text}\n")
     plot_comparison(found, folder / "plots")
-    trained = [arm for arm in compared if arm.method.trains]
-    plot_runs(
-        {
-            arm.label: [Path(run_folder(arm, options, *unit)) for unit in units]
-            for arm in trained
-        },
-        folder / "plots",
-    )
+    if runs := _kept_runs(compared, options, units):
+        plot_runs(runs, folder / "plots")
     say(f"Results: {folder}/table.md, table.json, plots/*.png and one folder per run.")
     say(
         f"Next: python -m nmjax check {folder}, or python -m experiments.imagenet "
@@ -112,6 +106,19 @@ def _units(options: CompareOptions) -> list[tuple[int, int]]:
             "deviation needs two values"
         )
     return [(fold, seed) for seed in range(options.seeds) for fold in range(folds)]
+
+
+def _kept_runs(compared, options: CompareOptions, units) -> dict[str, list[Path]]:
+    """Run folders by label; a record outlives the folder of its run."""
+    folders = {
+        arm.label: [Path(run_folder(arm, options, *unit)) for unit in units]
+        for arm in compared
+    }
+    kept = {
+        label: [run for run in runs if (run / "metrics.csv").exists()]
+        for label, runs in folders.items()
+    }
+    return {label: runs for label, runs in kept.items() if runs}
 
 
 def _describe(compared, options, data, say) -> None:

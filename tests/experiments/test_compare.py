@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -185,6 +186,26 @@ class TestResumption:
             f"{arm}-fold{fold}-seed0"
             for fold in range(2)
             for arm in ("sr_ste-1to8", "ste-2to4", "ste-1to8")
+        ]
+
+    def test_run_folders_can_be_deleted(self, trained, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(compare, "plot_runs", lambda runs, _: drawn.append(runs))
+        monkeypatch.setattr(compare, "plot_comparison", lambda *_: None)
+        options = dataclasses.replace(self.OPTIONS, output_dir=str(tmp_path))
+        compare.compare(options, lambda _: None)
+        del trained[:]
+        shutil.rmtree(tmp_path / "sr_ste-2to4-fold1-seed0")
+        for run in tmp_path.glob("dense-*"):
+            shutil.rmtree(run)
+        compare.compare(options, lambda _: None)
+        for run in tmp_path.glob("sr_ste-*"):
+            shutil.rmtree(run)
+        compare.compare(options, lambda _: None)
+        assert trained == []
+        assert [{name: len(runs) for name, runs in x.items()} for x in drawn] == [
+            {"dense": 4, "SR-STE 2:4": 4},
+            {"SR-STE 2:4": 3},
         ]
 
     def test_other_options(self, tmp_path):
