@@ -23,8 +23,8 @@ class Record:
       seed: Of the initial parameters and the data order.
       top1: Test accuracy after the last step, in percent.
       sparse_layers: Layers found to be N:M; 0 for a dense network.
-      step_seconds: Median seconds per optimizer step; None where none was made, or
-        the run was continued after its last one.
+      step_seconds: Median seconds per optimizer step; None where none was made, the
+        run was continued after its last one, or other networks had another machine.
       flip_rate: Share of mask bits that one step changed, the mean over the run; None
         where no mask was trained.
       retained_magnitude: Share of the weights' magnitude under the final masks; None

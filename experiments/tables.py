@@ -103,6 +103,7 @@ def table(found: Comparison) -> str:
             mean, deviation, half = found.gap(arm, dense)
             gap, interval = _plus_minus(mean, deviation, "+"), _interval(mean, half)
         layers, ratios = found[arm][0].sparse_layers, found.step_ratio(arm)
+        untimed = "" if arm.method.trains else "no training"
         rows.append(
             [
                 arm.label,
@@ -111,7 +112,7 @@ def table(found: Comparison) -> str:
                 interval,
                 _percent(found.mean(arm, "flip_rate"), ".3f"),
                 _percent(found.mean(arm, "retained_magnitude"), ".1f"),
-                f"{statistics.median(ratios):.2f}" if ratios else "no training",
+                f"{statistics.median(ratios):.2f}" if ratios else untimed,
                 f"yes, {layers} layers" if layers else "dense",
             ]
         )
