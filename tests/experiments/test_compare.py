@@ -278,14 +278,15 @@ def test_figures_from_metrics_with_empty_cells(tmp_path):
 def test_the_whole_comparison(tmp_path, capsys):
     folder = tmp_path / "digits"
     jit_train_step.cache_clear()  # of the tests that ran before in this process
-    assert imagenet.main(["--output-dir", str(folder)]) == 0
+    command = ["--output-dir", str(folder), "--seeds", "2"]
+    assert imagenet.main(command) == 0
     printed = capsys.readouterr().out
 
     saved = json.loads((folder / "table.json").read_text())["runs"]
     methods = ("dense", "sr_ste", "one_shot", "one_shot_as_is")
-    assert len(saved) == 3 * len(methods)
+    assert len(saved) == 2 * len(methods)
     top1 = {m: [run["top1"] for run in saved if run["method"] == m] for m in methods}
-    mean = {method: sum(values) / 3 for method, values in top1.items()}
+    mean = {method: sum(values) / 2 for method, values in top1.items()}
     assert mean["dense"] >= 98
     assert abs(mean["sr_ste"] - mean["dense"]) <= 1.5
     assert mean["one_shot_as_is"] < mean["dense"] - 1
@@ -299,7 +300,7 @@ def test_the_whole_comparison(tmp_path, capsys):
     assert table.rpartition("`python")[0].strip() in printed
     for figure in ("learning_curves", "flip_rate", "accuracy", "gaps"):
         assert (folder / "plots" / f"{figure}.png").stat().st_size > 0
-    for name in ("dense-seed0", "sr_ste-2to4-seed2"):
+    for name in ("dense-seed0", "sr_ste-2to4-seed1"):
         for file in ("config.json", "plan.json", "metrics.csv", "options.json"):
             assert (folder / name / file).exists(), file
 
@@ -310,5 +311,5 @@ def test_the_whole_comparison(tmp_path, capsys):
     )
     assert dense["lr"] == sparse["lr"]
 
-    assert imagenet.main(["--output-dir", str(folder)]) == 0
-    assert capsys.readouterr().out.count("(already there)") == 12
+    assert imagenet.main(command) == 0
+    assert capsys.readouterr().out.count("(already there)") == 8
