@@ -172,8 +172,8 @@ def _refresh_masks(sparsity: Sparsity, w, entry, step) -> dict[str, jax.Array]:
     due = jnp.asarray(step) % interval == 0
     choose = lambda w: sparsity.choose_masks(w, entry)  # noqa: E731
     new = jax.lax.cond(due, choose, lambda w: masks, w)
-    changed = (new["mask"] != masks["mask"]).astype(jnp.float32)
-    rate = jnp.mean(changed, sparsity.own_axes(w.ndim), keepdims=True)
+    changed, over = new["mask"] != masks["mask"], sparsity.own_axes(w.ndim)
+    rate = jnp.mean(changed, over, jnp.float32, keepdims=True)
     return {**new, "flip_rate": jnp.where(due, rate, entry["flip_rate"])}
 
 
