@@ -37,8 +37,8 @@ TOLERANCE = {
 def pytest_configure(config: pytest.Config) -> None:
     """Spares the quick suite LLVM's optimisation, a quarter of its time.
 
-    With the slow tests, in CI, everything is compiled as users compile it. jax reads
-    the flags when it first needs a device, after this.
+    The slow tests, in CI, are compiled as users compile. jax reads the flags when it
+    first needs a device, after this.
     """
     if config.option.markexpr == "not slow":
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
