@@ -286,13 +286,21 @@ class Sparsity:
           Shape and dtype of `w`; `w` itself where the recipe masks no weight.
 
         Raises:
-          ValueError: As `masks`.
+          ValueError: As `masks`; or a learned mask has random bits to train with, but
+            comes from `nmjax.prepare`, so that its logits would get no gradient.
         """
         recipe = self.recipe
         if not recipe.masks_weight:
             return w
-        if recipe.mask == "learned" and "mask" not in entry:
-            return self._apply_learned(w, entry)
+        if recipe.mask == "learned":
+            if "mask" not in entry:
+                return self._apply_learned(w, entry)
+            if "key" in entry:
+                raise ValueError(
+                    f"{self.path}: masks from nmjax.prepare give logits no gradient; "
+                    "to train, pass the state itself (from nmjax.init_state), and to "
+                    "evaluate, no random bits"
+                )
         mask = self.mask(w, entry)
         if recipe.mask == "soft-threshold":
             if "scale" not in entry:

@@ -184,6 +184,7 @@ def prepare(
 
     Passed to `apply` in place of the state, it gives the same bits as the state
     itself and spares each micro-batch, and each evaluation batch, the choice of masks.
+    Learned masks are the exception: they train from the state itself.
 
     Args:
       params: Parameter tree.

@@ -362,6 +362,10 @@ def test_a_learned_mask_needs_logits_and_a_key_to_train():
     assert zeros["layer"]["kernel"].shape == (2, 6, 4)
     with pytest.raises(ValueError, match="temperature in the state"):
         model.apply({"params": params, "nm_logits": logits}, X, rngs={"nm": KEY})
+    prepared = nmjax.prepare(params, plan, state, logits=logits)
+    variables = {"params": params, "nm": prepared, "nm_logits": logits}
+    with pytest.raises(ValueError, match="give logits no gradient"):
+        model.apply(variables, X, rngs={"nm": KEY})
 
 
 def test_the_temperature_follows_the_step():
