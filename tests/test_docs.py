@@ -54,6 +54,13 @@ def test_every_recipe_has_a_page():
     assert [name for name in names if f"recipes.{name}" not in methods] == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if "methods" in page])
+def test_a_method_says_when_to_use_it_what_it_costs_and_where_it_is_from(page):
+    for what in ("When", "Cost", "Source"):
+        assert len(re.findall(rf"^- \*\*{what}\.\*\* ", PAGES[page], re.M)) == 1, what
+    assert blocks(page)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#]+)\)", PAGES[page])
