@@ -183,13 +183,9 @@ def _step(
     chosen = jax.random.randint(key, (batch_size,), 0, len(x))
 
     def loss(parameters):
-        kernel = jnp.where(mask, parameters["kernel"], 0)
-        return jnp.mean(
-            (layer({**parameters, "kernel": kernel}, x[chosen]) - y[chosen]) ** 2
-        )
+        masked = {**parameters, "kernel": jnp.where(mask, parameters["kernel"], 0)}
+        return jnp.mean((layer(masked, x[chosen]) - y[chosen]) ** 2)
 
     update, state = adam.update(jax.grad(loss)(parameters), state)
-    return (
-        {name: p - rates[name] * update[name] for name, p in parameters.items()},
-        state,
-    )
+    new = {name: p - rates[name] * update[name] for name, p in parameters.items()}
+    return new, state
