@@ -22,8 +22,8 @@ zeros, and D is cut. Runs wherever `mma.sp` does, capability 8.0 and later; from
 Mosaic copies by TMA instead of cp.async. Needs jax 0.11.1, which first had Ampere.
 
 Not yet run on a GPU. It compiles for sm_80, 86, 90a and 120a; its body is interpreted
-with race detection, for which jax takes the path by TMA; and what it does to registers,
-from Mosaic's layouts to the operands of the instruction, is emulated lane by lane.
+with race detection, for which jax takes the path by TMA; and its PTX for sm_80 and
+sm_90a is run on a CPU, thread by thread (`tests/pallas_kernels/ptx_machine.py`).
 """
 
 import dataclasses

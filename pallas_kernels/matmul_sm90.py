@@ -1,4 +1,7 @@
-"""The sparse GEMM on Hopper: `wgmma.mma_async.sp` fed by TMA. Not yet run on a GPU.
+"""The sparse GEMM on Hopper: `wgmma.mma_async.sp` fed by TMA.
+
+Not yet run on a GPU. Its body is interpreted with race detection, and its PTX run on a
+CPU, thread by thread (`tests/pallas_kernels/ptx_machine.py`).
 
     D = act(A24 · B + bias)     A (M, K) 2:4 along K, B (K, N), a float32 accumulator
 

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -70,6 +71,7 @@ class Compiled:
     ptx: str
     report: str  # of ptxas -v
     sass: str | None  # machine code; None without nvdisasm
+    host: str  # LLVM of the function that launches it; jax 0.10 does not show it
 
     def spilled_bytes(self) -> int:
         """Bytes of registers spilled to memory, stores and loads."""
@@ -91,9 +93,16 @@ def compile_kernel(
     """Compiles a function with one Mosaic GPU kernel in it for `target`.
 
     The function goes to another process: it has to be a module's, or a
-    `functools.partial` of one.
+    `functools.partial` of one. The same one is compiled once: jax 0.12 dumps nothing
+    the second time.
     """
-    return _process(target.arch).submit(_compile, function, arguments, target).result()
+    job = (function, arguments, target)
+    return _compile_once(target.arch, pickle.dumps(job))
+
+
+@functools.cache
+def _compile_once(arch: str, job: bytes) -> Compiled:
+    return _process(arch).submit(_compile, *pickle.loads(job)).result()
 
 
 @functools.cache
@@ -130,7 +139,8 @@ def _compile(function, arguments, target: Target) -> Compiled:
             sass = subprocess.run(
                 [disassembler, "-c", cubin], check=True, capture_output=True, text=True
             ).stdout
-        return Compiled(path.read_text(), report, sass)
+        host = "".join(llvm.read_text() for llvm in folder.glob("*.ll"))
+        return Compiled(path.read_text(), report, sass, host)
 
 
 def find_binary(name: str) -> str | None:
@@ -148,7 +158,11 @@ def find_binary(name: str) -> str | None:
 def _dump_folder() -> Iterator[Path]:
     """A new folder each time: Mosaic never overwrites a file it dumped before."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": folder}
+        settings = {
+            "MOSAIC_GPU_DUMP_PTX": "1",
+            "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
+            "MOSAIC_GPU_DUMP_TO": folder,
+        }
         os.environ.update(settings)
         try:
             yield Path(folder)

@@ -41,6 +41,27 @@ def c_positions() -> tuple[np.ndarray, np.ndarray]:
     return GROUP[:, None] + 8 * (i // 2), 2 * THREAD[:, None] + i % 2
 
 
+def expand(a: np.ndarray, metadata: np.ndarray, selector: int) -> np.ndarray:
+    """The dense 16x32 tile of A that one instruction multiplies.
+
+    Args:
+      a: Registers of A, (32 lanes, 8).
+      metadata: A word of each lane, uint32 (32,); half of them are read.
+      selector: Which half: 0 or 1.
+    """
+    rows, columns = (x[:, ::2] for x in a_positions())
+    group = columns // 2
+    words = metadata[4 * (rows % 8) + 2 * selector + group // 4].astype(np.int64)
+    half = np.where(rows >= 8, words >> 16, words & 0xFFFF)
+    nibble = half >> 4 * (group % 4) & 0xF
+    first, second = nibble & 3, nibble >> 2
+    assert (first < second).all(), "metadata out of order: the result is undefined"
+    dense = np.zeros((16, 32))
+    dense[rows, 4 * group + first] = a[:, ::2]
+    dense[rows, 4 * group + second] = a[:, 1::2]
+    return dense
+
+
 def mma_sp(
     a: np.ndarray, b: np.ndarray, c: np.ndarray, metadata: np.ndarray, selector: int
 ) -> np.ndarray:
@@ -50,26 +71,15 @@ def mma_sp(
       a: Registers of A, (32 lanes, 8).
       b: Registers of B, (32, 8).
       c: Registers of the accumulator, (32, 4).
-      metadata: A word of each lane, uint32 (32,); half of them are read.
-      selector: Which half: 0 or 1.
+      metadata: As for `expand`.
+      selector: As for `expand`.
 
     Returns:
       The new accumulator registers.
     """
-    dense_a, dense_b = np.zeros((16, 32)), np.zeros((32, 8))
+    dense_b = np.zeros((32, 8))
     dense_b[b_positions()] = b
-    for lane in range(32):
-        rows, columns = a_positions()
-        for i in range(0, 8, 2):
-            row, group = rows[lane, i], columns[lane, i] // 2
-            word = int(metadata[4 * (row % 8) + 2 * selector + group // 4])
-            half = word >> 16 if row >= 8 else word & 0xFFFF
-            nibble = half >> 4 * (group % 4) & 0xF
-            first, second = nibble & 3, nibble >> 2
-            assert first < second, "metadata out of order: the result is undefined"
-            dense_a[row, 4 * group + first] = a[lane, i]
-            dense_a[row, 4 * group + second] = a[lane, i + 1]
-    return c + (dense_a @ dense_b)[c_positions()]
+    return c + (expand(a, metadata, selector) @ dense_b)[c_positions()]
 
 
 def gemm_mma_sp(values: np.ndarray, words: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -72,7 +72,7 @@ def interpreted(config: SM100Config = SMALLEST):
     )
 
 
-FEW, MANY = {(4, 1, 1), (2, 3, 2)}, gemm_suite.tile_counts()
+FEW, MANY = {(4, 1, 1), (2, 3, 2)}, gemm_suite.TILE_COUNTS
 
 
 @needs_jax

@@ -46,7 +46,7 @@ def interpreted(config: SM80Config = SMALLEST):
 
 
 @needs_ampere
-@pytest.mark.parametrize("tiles", gemm_suite.tile_counts(), ids=str)
+@pytest.mark.parametrize("tiles", gemm_suite.TILE_COUNTS, ids=str)
 def test_any_number_of_tiles(rng, tiles):
     m, n, k = (64 * count for count in tiles)
     gemm_suite.check(interpreted(), rng, m, n, k)
@@ -451,7 +451,7 @@ def test_on_a_gpu_normal_numbers(rng, gemm_atol, dtype, activation):
 
 @pytest.mark.gpu
 @needs_ampere
-@pytest.mark.parametrize("tiles", gemm_suite.tile_counts(), ids=str)
+@pytest.mark.parametrize("tiles", gemm_suite.TILE_COUNTS, ids=str)
 def test_on_a_gpu_any_number_of_tiles(rng, tiles):
     gemm = functools.partial(matmul_sm80.gemm, config=SMALLEST)
     gemm_suite.check(gemm, rng, *(64 * count for count in tiles))

@@ -24,6 +24,7 @@ from pallas_kernels import (
 from pallas_kernels.config import SM90Config, heuristic_sm90
 from pallas_kernels.reference import Form
 from tests.pallas_kernels import ahead_of_time, emulator, gemm_suite
+from tests.pallas_kernels.ptx_memory import canonical_addresses, swizzle
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -68,7 +69,7 @@ def test_every_layout_with_bias_and_activation(rng, form, config):
 @pytest.mark.slow
 @MODES
 @pytest.mark.parametrize("cluster_m", [1, 2])
-@pytest.mark.parametrize("tiles", gemm_suite.tile_counts(), ids=str)
+@pytest.mark.parametrize("tiles", gemm_suite.TILE_COUNTS, ids=str)
 def test_any_number_of_tiles(rng, config, cluster_m, tiles):
     check_tiles(rng, dataclasses.replace(config, cluster_m=cluster_m), tiles)
 
@@ -268,11 +269,6 @@ def issue(monkeypatch, m: int, n: int, k: int, b_is_nk: bool) -> Issued:
     return issued
 
 
-def swizzle(address, width: int):
-    """Exchanges 16-byte units by the row: the same for TMA and wgmma (PTX ISA)."""
-    return address ^ ((address >> 7) % (width // 16) << 4)
-
-
 def in_shared_memory(x: np.ndarray, width: int) -> np.ndarray:
     """A 16-bit matrix as TMA stores it: tiles of 8 rows of `width` bytes, swizzled."""
     rows, columns = x.shape
@@ -284,22 +280,17 @@ def in_shared_memory(x: np.ndarray, width: int) -> np.ndarray:
 
 
 def read(memory, rows: int, columns: int, start: int, matrix: dict, k_major: bool):
-    """`rows` × `columns` 16-bit elements (columns along k) by a descriptor.
-
-    PTX ISA, "Asynchronous warpgroup level matrix shared memory layout", canonical
-    layouts: along k 8 rows of `width` bytes each, every 8 rows a stride apart; along
-    M or N `width` bytes a leading offset apart, every 8 of k a stride apart.
-    """
+    """`rows` × `columns` 16-bit elements (columns along k) by a descriptor."""
     width = int(matrix["swizzle"])
-    row, k = np.arange(rows)[:, None], np.arange(columns)
-    stride, leading = matrix["stride_byte_offset"], matrix["leading_byte_offset"]
-    if k_major:
-        address = row // 8 * stride + row % 8 * width + 2 * k
-    else:
-        units = width // 2
-        address = row // units * leading + k // 8 * stride
-        address = address + k % 8 * width + row % units * 2
-    return memory[swizzle(start + address, width) // 2]
+    addresses = canonical_addresses(
+        rows,
+        columns,
+        matrix["leading_byte_offset"],
+        matrix["stride_byte_offset"],
+        width,
+        k_major=k_major,
+    )
+    return memory[swizzle(start + addresses, width) // 2]
 
 
 @pytest.mark.parametrize("b_is_nk", [True, False], ids=["(N, K)", "(K, N)"])

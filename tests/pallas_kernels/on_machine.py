@@ -1,0 +1,74 @@
+"""Kernels compiled for a GPU and run on the CPU, where others are interpreted.
+
+with on_machine.kernels():
+    gemm(a, b, None, form, config=config, interpret=OnMachine(H200))
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import ptx
+from tests.pallas_kernels import ahead_of_time
+from tests.pallas_kernels.host_program import read_launch
+from tests.pallas_kernels.ptx_machine import Machine
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMachine:
+    """In the place of what `ptx.interpreter` makes.
+
+    Attributes:
+      target: The GPU to compile for.
+      seeds: The orders in which to run the kernel; the results have to be the same.
+      edit: Changes the PTX before it runs: a fault.
+    """
+
+    target: ahead_of_time.Target
+    seeds: tuple[int, ...] = (0, 1)
+    edit: Callable[[str], str] = str
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """`ptx.kernel` knows `OnMachine`. Nothing is jitted meanwhile."""
+    compile_or_interpret = ptx.kernel
+
+    def kernel(body, *, name=None, interpret=None, **kwargs):
+        if not isinstance(interpret, OnMachine):
+            return compile_or_interpret(body, name=name, interpret=interpret, **kwargs)
+        function = functools.partial(_launch, body=body, name=name, kwargs=kwargs)
+        return functools.partial(_run, function, kwargs["out_type"], interpret)
+
+    with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
+        patch.setattr(ptx, "kernel", kernel)
+        yield
+
+
+def _launch(*operands: jax.Array, body: Callable, name: str, kwargs: dict) -> Any:
+    return ptx.kernel(body, name=name, **kwargs)(*operands)
+
+
+def _run(function: Callable, out_type: Any, how: OnMachine, *operands: jax.Array):
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+    compiled = ahead_of_time.compile_kernel(function, *shapes, target=how.target)
+    program, launch = how.edit(compiled.ptx), read_launch(compiled.host)
+    out, tree = jax.tree.flatten(out_type)
+    results = []
+    for seed in how.seeds:
+        buffers = [np.asarray(x).copy() for x in operands]
+        buffers += [np.zeros(x.shape, x.dtype) for x in out]
+        as_bytes = [x.view(np.uint8).ravel() for x in buffers]
+        Machine(program, launch, as_bytes, seed).run()
+        results.append(buffers[len(operands) :])
+    for result in results[1:]:
+        same = [x.tobytes() for x in result] == [x.tobytes() for x in results[0]]
+        assert same, "the result depends on the order of what runs at a time"
+    return jax.tree.unflatten(tree, [jnp.asarray(x) for x in results[0]])
