@@ -221,9 +221,15 @@ def test_interpreted_kernel_masks_every_group(axis):
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("rows, k", [(1, 4), (20, 72), (128, 128)])
+@pytest.mark.parametrize(
+    "axis, dtype, rows, k",
+    [
+        (-1, "float16", 1, 4),
+        (-2, "bfloat16", 1, 4),
+        (-1, "bfloat16", 20, 72),
+        (-2, "float16", 128, 128),
+    ],
+)
 def test_interpreted_kernel_in_other_sizes_and_types(axis, dtype, rows, k, rng):
     w = rng.integers(-3, 4, (rows, k))
     w = jnp.asarray(w if axis == -1 else w.T, dtype)
@@ -242,22 +248,18 @@ def check_transposable(w, at_most, run):
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "at_most, k, n", [(False, 64, 128), (False, 36, 20), (True, 36, 20)]
-)
-def test_interpreted_kernel_of_both_forms(at_most, k, n, rng):
-    w = jnp.asarray(rng.integers(-4, 5, (k, n)), jnp.bfloat16)
+def test_interpreted_kernel_of_both_forms(rng):
+    w = jnp.asarray(rng.integers(-4, 5, (64, 128)), jnp.bfloat16)
     kernel = compression_mosaic.compress_transposable
-    check_transposable(w, at_most, functools.partial(interpret, kernel))
+    check_transposable(w, False, functools.partial(interpret, kernel))
 
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("at_most", [False, True])
-def test_interpreted_kernel_of_both_forms_of_special_entries(at_most, rng):
+def test_interpreted_kernel_of_both_forms_of_special_entries(rng):
     w = jnp.asarray(rng.choice(SPECIAL, (36, 20)), jnp.float32)
     kernel = compression_mosaic.compress_transposable
-    check_transposable(w, at_most, functools.partial(interpret, kernel))
+    check_transposable(w, True, functools.partial(interpret, kernel))
 
 
 def test_four_warps_lie_so_that_padding_is_least():
