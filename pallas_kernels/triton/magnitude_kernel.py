@@ -3,7 +3,8 @@
 A block of four warps has 4,096 entries, 32 a thread, loaded along the contiguous axis;
 Triton moves what it transposes through shared memory, and chooses the vectors.
 
-Compiled for sm_80 and sm_90 and interpreted. Not yet run on a GPU.
+Compiled for sm_80 and sm_90, interpreted, and the PTX run on a CPU
+(`tests/pallas_kernels/ptx_machine.py`). Not yet run on a GPU.
 """
 
 # Triton reads Python of its own, whose types are not those of Python.

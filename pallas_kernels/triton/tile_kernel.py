@@ -6,7 +6,8 @@ its 16 entries. A choice is a sum and bits here as well, of which functions take
 return tuples: the pairs of columns are in the order of `tile_selection.PAIRS`, in which
 pair 5 - p has the columns that pair p has not.
 
-Compiled for sm_80 and sm_90 and interpreted. Not yet run on a GPU.
+Compiled for sm_80 and sm_90, interpreted, and the PTX run on a CPU
+(`tests/pallas_kernels/ptx_machine.py`). Not yet run on a GPU.
 """
 
 # Triton reads Python of its own, whose types are not those of Python.

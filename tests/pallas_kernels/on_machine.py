@@ -29,11 +29,13 @@ class OnMachine:
       target: The GPU to compile for.
       seeds: The orders in which to run the kernel; the results have to be the same.
       edit: Changes the PTX before it runs: a fault.
+      conflicts: Wavefronts that shared memory takes, over those that its bytes need.
     """
 
     target: ahead_of_time.Target
     seeds: tuple[int, ...] = (0, 1)
     edit: Callable[[str], str] = str
+    conflicts: float = 1.0
 
 
 @contextmanager
@@ -66,7 +68,12 @@ def _run(function: Callable, out_type: Any, how: OnMachine, *operands: jax.Array
         buffers = [np.asarray(x).copy() for x in operands]
         buffers += [np.zeros(x.shape, x.dtype) for x in out]
         as_bytes = [x.view(np.uint8).ravel() for x in buffers]
-        Machine(program, launch, as_bytes, seed).run()
+        machine = Machine(program, launch, as_bytes, seed)
+        machine.run()
+        wanted = round(how.conflicts * machine.least_wavefronts)
+        assert machine.wavefronts == wanted, (
+            f"{machine.wavefronts} wavefronts where {machine.least_wavefronts} would do"
+        )
         results.append(buffers[len(operands) :])
     for result in results[1:]:
         same = [x.tobytes() for x in result] == [x.tobytes() for x in results[0]]

@@ -32,7 +32,7 @@ def _plain(function: Callable) -> Callable:
     def run(machine, warp, modifiers, kind, operands):
         del modifiers
         values = [machine.value(warp, x, kind) for x in operands]
-        return np.asarray(function(*values)).astype(DTYPES[kind])
+        return np.asarray(function(*values)).astype(DTYPES[kind.removesuffix("x2")])
 
     return run
 
@@ -48,8 +48,8 @@ def _extreme(number: Callable, nan: Callable) -> Callable:
 def _setp(machine, warp, modifiers, kind, operands):
     comparison, *combined = modifiers
     a, b = (machine.value(warp, x, kind) for x in operands[:2])
-    unordered = np.zeros(32, bool)
-    if kind in ("f16", "bf16", "f32"):
+    unordered = np.zeros(a.shape, bool)
+    if "f" in kind:
         unordered = np.isnan(a) | np.isnan(b)
     result = {
         "eq": np.equal,

@@ -7,9 +7,10 @@ Written from the PTX ISA 9.0; `emulator.py` has the sparse products.
 What is asynchronous happens late: `wgmma` reads its operands, registers too, when a
 warp waits for it; a copy is made when a thread waits for it or, by chance, at once.
 `seed` decides which, and in what order warps run: a kernel that relies on luck gives
-another result for some seed. These raise: an access out of bounds or misaligned, a
-register or shared memory used before it was written, a TMA store of bytes for which no
-fence was made, a copy that nobody waited for, a deadlock, an instruction not known.
+another result for some seed. Registers and shared memory begin with random bytes. These
+raise: an access out of bounds or misaligned, a product or a TMA store of shared memory
+that nobody wrote, such a store without a fence, a copy that nobody waited for, a
+deadlock, an instruction not known.
 
 ptxas, which gives physical registers and machine code, is not covered.
 """
@@ -50,6 +51,9 @@ class Machine:
 
     Attributes:
       buffers: Operands and results, as bytes.
+      wavefronts: How often threads went to shared memory, for 128 bytes at most. None
+        of it is for bank conflicts where it equals `least_wavefronts`.
+      least_wavefronts: What the bytes need.
     """
 
     def __init__(self, ptx: str, launch: Launch, buffers: list[np.ndarray], seed: int):
@@ -58,6 +62,7 @@ class Machine:
         self.buffers = buffers
         self.random = np.random.default_rng(seed)
         self.arriving: list[Callable] = []  # TMA to shared memory, under way
+        self.wavefronts = self.least_wavefronts = 0
         names = re.findall(r"\.param [^,)]*?(\w+_param_\d+)", ptx)
         pairs = zip(names, launch.parameters, strict=True)
         self.pointers, self.tensors = {}, {}
@@ -67,7 +72,7 @@ class Machine:
             else:
                 self.pointers[name] = parameter
         self.blocks = [
-            Block((x, y, z), launch)
+            Block((x, y, z), launch, self.random)
             for z, y, x in itertools.product(*map(range, launch.grid[::-1]))
         ]
         size = launch.cluster[0]
@@ -133,8 +138,15 @@ class Machine:
     # Registers and addresses
 
     def value(self, warp: Warp, operand: Any, kind: str) -> np.ndarray:
-        """An operand of each thread."""
+        """An operand of each thread; of two elements a register where the kind says."""
+        if kind.endswith("x2"):
+            pairs = self.value(warp, operand, "b32").reshape(32, 1)
+            return pairs.view(DTYPES[kind[:-2]])
         dtype = np.dtype(DTYPES[kind])
+        if isinstance(operand, str) and re.fullmatch(r"%(r|rd|rs)\d+", operand):
+            if operand not in warp.registers:
+                garbage = self.random.bytes(32 * dtype.itemsize)
+                warp.registers[operand] = np.frombuffer(garbage, f"u{dtype.itemsize}")
         if isinstance(operand, str) and operand in warp.registers:
             found = warp.registers[operand]
             assert found.itemsize == dtype.itemsize, (operand, kind)
@@ -150,7 +162,7 @@ class Machine:
         name = name.rsplit(":", 1)[-1]
         axis = {"x": 0, "y": 1, "z": 2}.get(name[-1], 0)
         block = warp.block
-        if name.startswith("__dynamic_shmem"):
+        if name in ("__dynamic_shmem__0", "global_smem"):  # of Mosaic, of Triton
             return SHARED_BASE
         if name in self.tensors:
             return PARAMETER_BASE
@@ -170,7 +182,6 @@ class Machine:
         unsigned = value if value.dtype == bool else value.view(f"u{value.itemsize}")
         old = warp.registers.get(name)
         if active.all() or old is None:
-            # What an inactive thread has is never read: LLVM would have to set it.
             warp.registers[name] = unsigned.copy()
         else:
             warp.registers[name] = np.where(active, unsigned, old)
@@ -226,6 +237,14 @@ class Machine:
         assert not (addresses % size).any(), "misaligned address"
         return addresses[:, None] + np.arange(size), count
 
+    def _count(self, addresses: np.ndarray) -> None:
+        """Counts an access to shared memory: (threads, bytes) addresses."""
+        at_a_time = max(1, 128 // addresses.shape[1])
+        for i in range(0, len(addresses), at_a_time):
+            words = np.unique(addresses[i : i + at_a_time] // 4)
+            self.wavefronts += int(np.bincount(words % 32).max())
+            self.least_wavefronts += 1
+
     def _buffer(self, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         number = int(addresses.flat[0]) >> BUFFER_BITS
         offsets = addresses - (number << BUFFER_BITS)
@@ -246,9 +265,8 @@ class Machine:
         addresses, count = self._memory(warp, instruction, operand, active)
         targets = targets if isinstance(targets, list) else [targets]
         if ".shared" in instruction.opcode:
-            if not warp.block.defined(addresses):
-                return _forget(warp, targets)
-            data = warp.block.read(addresses)
+            self._count(addresses)
+            data = warp.block.load(addresses)
         else:
             buffer, offsets = self._buffer(addresses)
             data = buffer[offsets]
@@ -267,6 +285,7 @@ class Machine:
         values = [self.value(warp, x, instruction.kind)[active] for x in sources]
         data = np.stack(values, -1).view(np.uint8)
         if ".shared" in instruction.opcode:
+            self._count(addresses)
             warp.block.write(addresses, data, warp.number)
         else:
             buffer, offsets = self._buffer(addresses)
@@ -279,9 +298,8 @@ class Machine:
         rows = self.addresses(warp, operand)[: 8 * len(targets)]
         assert not (rows % 16).any(), "misaligned address"
         addresses = rows[:, None] + np.arange(16)
-        if not warp.block.defined(addresses):
-            return _forget(warp, targets)
-        data = warp.block.read(addresses).view(np.uint16)
+        self._count(addresses)
+        data = warp.block.load(addresses).view(np.uint16)
         for target, matrix in zip(targets, data.reshape(-1, 8, 8), strict=True):
             matrix = matrix.T if ".trans" in instruction.opcode else matrix
             self.assign(warp, target, _fragment(matrix), active)
@@ -295,6 +313,7 @@ class Machine:
             matrix = _matrix(self.value(warp, source, "b32"))
             matrix = matrix.T if ".trans" in instruction.opcode else matrix
             addresses = rows[8 * i : 8 * i + 8, None] + np.arange(16)
+            self._count(addresses)
             data = np.ascontiguousarray(matrix).view(np.uint8)
             warp.block.write(addresses, data, warp.number)
 
@@ -426,6 +445,7 @@ class Machine:
         sources = self.addresses(warp, source)[active]
         assert not (targets % size).any() and not (sources % size).any(), "misaligned"
         assert not rest, "cp.async of fewer bytes than it writes"
+        self._count(targets[:, None] + np.arange(size))
 
         def copy():
             buffer, offsets = self._buffer(sources[:, None] + np.arange(size))
@@ -597,11 +617,14 @@ class Machine:
     def _elementwise(self, warp, instruction, active):
         target, *operands = instruction.operands
         name, *modifiers, kind = instruction.opcode.split(".")
-        run = ELEMENTWISE[name]
         with np.errstate(all="ignore"):
-            self.assign(
-                warp, target, run(self, warp, modifiers, kind, operands), active
-            )
+            result = ELEMENTWISE[name](self, warp, modifiers, kind, operands)
+        if isinstance(target, list):  # predicates, one for each element of a pair
+            for one, column in zip(target, result.T, strict=True):
+                self.assign(warp, one, column, active)
+        else:
+            joined = result.view(np.uint32)[:, 0] if result.ndim == 2 else result
+            self.assign(warp, target, joined, active)
 
 
 def _meet(warp: Warp, counter: list[int], warps: int) -> str | None:
@@ -617,12 +640,6 @@ def _meet(warp: Warp, counter: list[int], warps: int) -> str | None:
         return BLOCKED
     warp.blocked_on = None
     return None
-
-
-def _forget(warp: Warp, registers: list[str]) -> None:
-    """They hold nothing: Mosaic's stores begin with loads that nothing uses."""
-    for name in registers:
-        warp.registers.pop(name, None)
 
 
 def _fragment(matrix: np.ndarray) -> np.ndarray:

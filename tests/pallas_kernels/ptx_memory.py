@@ -78,10 +78,12 @@ class Barrier:
 class Block:
     """A block: its shared memory, its barriers, its warps."""
 
-    def __init__(self, index: tuple[int, ...], launch: Launch):
+    def __init__(
+        self, index: tuple[int, ...], launch: Launch, random: np.random.Generator
+    ):
         self.index = index
         self.rank = index[0] % launch.cluster[0]
-        self.shared = np.zeros(launch.shared_memory, np.uint8)
+        self.shared = random.integers(0, 256, launch.shared_memory, np.uint8)
         self.written = np.zeros(launch.shared_memory, bool)
         # Written by the warp of this number, plus one, and not yet fenced for TMA.
         self.unfenced = np.zeros(launch.shared_memory, np.uint8)
@@ -98,14 +100,15 @@ class Block:
         assert not outside.any(), f"shared memory: {addresses[outside]} out of bounds"
         return offsets
 
-    def defined(self, addresses: np.ndarray) -> bool:
-        """Whether all bytes at these addresses have been written."""
-        return bool(self.written[self.offsets(addresses)].all())
+    def load(self, addresses: np.ndarray) -> np.ndarray:
+        """The bytes at these addresses, random ones where none were written."""
+        return self.shared[self.offsets(addresses)]
 
     def read(self, addresses: np.ndarray) -> np.ndarray:
-        """The bytes at these addresses."""
-        assert self.defined(addresses), "shared memory read before it was written"
-        return self.shared[self.offsets(addresses)]
+        """`load` for TMA and tensor cores, which read only what counts."""
+        written = self.written[self.offsets(addresses)]
+        assert written.all(), "shared memory read before it was written"
+        return self.load(addresses)
 
     def write(self, addresses: np.ndarray, data: np.ndarray, warp: int = -1) -> None:
         """Writes bytes; those of a warp have to be fenced before TMA reads them."""

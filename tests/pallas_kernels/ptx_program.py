@@ -105,7 +105,7 @@ def _operand(text: str, scope: str) -> Any:
         if coordinates:
             return Address(_operand(base, scope), 0, _operand(coordinates[0], scope))
         base, _, offset = base.partition("+")
-        return Address(_operand(base, scope), int(offset or 0))
+        return Address(_operand(base.strip(), scope), int(offset or 0))
     if "|" in text:
         return [_operand(x, scope) for x in text.split("|")]
     if text.startswith("0f"):

@@ -80,7 +80,10 @@ def test_hopper_in_every_layout(rng, form, config):
     ids=str,
 )
 def test_hopper_in_other_tiles(rng, config, sizes):
-    check(matmul_sm90, rng, OnMachine(H200), config, sizes)
+    # With steps of 128 a row of metadata has 32 bytes: of the 8 rows that ldmatrix
+    # reads at a time two lie in the same banks.
+    conflicts = 10 / 9 if config.block_k == 128 else 1
+    check(matmul_sm90, rng, OnMachine(H200, conflicts=conflicts), config, sizes)
 
 
 @pytest.mark.slow

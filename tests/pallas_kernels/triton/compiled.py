@@ -1,4 +1,7 @@
-"""Compiles what a wrapper in `pallas_kernels.triton` launches, for a GPU not there."""
+"""Compiles what a wrapper in `pallas_kernels.triton` launches, for a GPU not there.
+
+And runs the PTX on the CPU.
+"""
 
 import dataclasses
 import warnings
@@ -8,6 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+
+from tests.pallas_kernels.host_program import Launch
+from tests.pallas_kernels.ptx_machine import Machine
 
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 
@@ -44,6 +50,32 @@ def compile_launch(module: Any, case: Callable[[], Any], capability: int) -> Com
         case()
     (result,) = launched
     return result
+
+
+def run_launch(module: Any, case: Callable[[], Any], capability: int) -> Any:
+    """What `case` returns when the PTX of its one launch runs on the CPU."""
+
+    def call(kernel, *arrays, out, grid, num_warps, **constants):
+        leaves, tree = jax.tree.flatten(out)
+        buffers = [np.asarray(x).copy() for x in arrays]
+        results = [np.zeros(x.shape, x.dtype) for x in leaves]
+        types = [_TYPES[x.dtype.name] for x in (*buffers, *results)]
+        program = _compile(kernel, types, constants, num_warps, capability)
+        launch = Launch(
+            grid=(*grid, 1, 1)[:3],
+            cluster=(1, 1, 1),
+            threads=32 * num_warps,
+            shared_memory=program.shared_memory,
+            # Triton's last two are memory for purposes that no kernel here has.
+            parameters=(*range(len(types)), -1, -1),
+        )
+        as_bytes = [x.view(np.uint8).ravel() for x in (*buffers, *results)]
+        Machine(program.ptx, launch, as_bytes, seed=0).run()
+        return jax.tree.unflatten(tree, results)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "call", call)
+        return case()
 
 
 def _compile(kernel, types, constants, num_warps, capability) -> Compiled:

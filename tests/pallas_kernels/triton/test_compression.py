@@ -134,3 +134,39 @@ def test_kernel_of_both_forms_compiles_with_wide_loads(capability, at_most):
     assert widths(result.ptx, "ld") == {16: 4}
     assert widths(result.ptx, "st") == {16: 4, 4: 2}
     assert result.shared_memory <= 16 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "key",
+    [key for key in MAGNITUDE if key[2] in ("bfloat16", "small integers")],
+    ids=str,
+)
+def test_compiled_kernel_masks_by_magnitude(key, capability):
+    axis, w = key[1], jnp.asarray(MAGNITUDE[key])
+    actual = compiled.run_launch(
+        compression,
+        lambda: compression.compress_magnitude(w, axis=axis, dtype=OUT[key[2]]),
+        capability,
+    )
+    expected = reference.compress_2to4(w if axis == -1 else w.T, OUT[key[2]])
+    actual = as_jax(actual)
+    assert_same(actual if axis == -1 else actual.T, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "key", [("36 x 20", False, "float32"), ("36 x 20", True, "bfloat16")], ids=str
+)
+def test_compiled_kernel_of_both_forms(key, capability):
+    w = jnp.asarray(TRANSPOSABLE[key])
+    actual = compiled.run_launch(
+        compression,
+        lambda: compression.compress_transposable(w, dtype=jnp.float16, at_most=key[1]),
+        capability,
+    )
+    expected = reference.compress_transposable(w, jnp.float16, at_most=key[1])
+    for form, same in zip(actual, expected, strict=True):
+        assert_same(as_jax(form), same)

@@ -60,3 +60,14 @@ def test_kernel_compiles_with_wide_loads(capability, at_most):
     assert widths(result.ptx, "ld") == {16: 2}
     assert widths(result.ptx, "st") == {4: 1}
     assert result.shared_memory <= 16 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_most, capability", [(False, 80), (True, 90)])
+def test_compiled_kernel_is_the_reference(capability, at_most):
+    scores = jnp.asarray(hard_scores((20, 36)))
+    actual = compiled.run_launch(
+        tile_masks, lambda: tile_masks.tile_mask(scores, at_most=at_most), capability
+    )
+    expected = reference.tile_mask(scores, at_most=at_most)
+    np.testing.assert_array_equal(actual, expected)
