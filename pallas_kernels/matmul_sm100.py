@@ -23,10 +23,11 @@ of which the rows are no multiple of 8, or not of 128 bytes, is copied and padde
 such a D is cut. Needs jax 0.11 and capability 10.x (12.x, GeForce, has no tcgen05:
 there `mma.sp` runs).
 
-Not yet run on a GPU, and less is proven of it than of the other kernels: Pallas'
-interpreter has no sparse tcgen05. It is compiled for sm_100a; the order of the metadata
-is tested against its definition and against jax's; and the body is interpreted with
-race detection with A decompressed, through the same copies, barriers and epilogue.
+Not yet run on a GPU. Its PTX for sm_100a is run on a CPU, thread by thread
+(`tests/pallas_kernels/ptx_machine.py`). Pallas' interpreter has no sparse tcgen05: the
+body is interpreted with race detection with A decompressed, through the same copies,
+barriers and epilogue. The order of the metadata is tested against its definition and
+against jax's.
 """
 
 import dataclasses

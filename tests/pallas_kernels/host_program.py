@@ -10,8 +10,8 @@ import re
 from typing import Any
 
 _SIZES = {"ptr": 8, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "bfloat": 2, "half": 2}
-# Bytes of an element by the number that Mosaic gives its type (_tma_dma_type).
-_ITEMSIZES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 2}
+# Bits of an element by the number that Mosaic gives its type (_tma_dma_type).
+_BITS = {8: 2, 1: 8, 2: 16, 3: 32, 4: 64, 5: 16, 6: 32, 7: 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Descriptor:
       strides: In elements.
       box: What one copy moves, in elements.
       swizzle: Bytes: 32, 64, 128, or 16 for none.
-      itemsize: Bytes of an element.
+      bits: Of an element.
     """
 
     buffer: int
@@ -32,14 +32,14 @@ class Descriptor:
     strides: tuple[int, ...]
     box: tuple[int, ...]
     swizzle: int
-    itemsize: int
+    bits: int
 
     def __post_init__(self):
         assert 1 <= len(self.shape) <= 5 and self.strides[-1] == 1
-        assert not any(s * self.itemsize % 16 for s in self.strides[:-1]), self
+        assert not any(s * self.bits % 128 for s in self.strides[:-1]), self
         assert all(1 <= size <= 256 for size in self.box), self
-        row = self.box[-1] * self.itemsize
-        assert row % 16 == 0 and (self.swizzle == 16 or row <= self.swizzle), self
+        row = self.box[-1] * self.bits
+        assert row % 128 == 0 and (self.swizzle == 16 or row <= 8 * self.swizzle), self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Host:
         kind, buffer = base.of
         assert kind == "buffer" and base.offset == 0
         self.descriptors[place] = Descriptor(
-            buffer, shape, strides, box, swizzle, _ITEMSIZES[dtype]
+            buffer, shape, strides, box, swizzle, _BITS[dtype]
         )
 
     def launch(self, *numbers: Any) -> Launch:

@@ -39,11 +39,16 @@ class OnMachine:
 
 
 @contextmanager
-def kernels() -> Iterator[None]:
-    """`ptx.kernel` knows `OnMachine`. Nothing is jitted meanwhile."""
+def kernels(compiled: OnMachine | None = None) -> Iterator[None]:
+    """`ptx.kernel` knows `OnMachine`. Nothing is jitted meanwhile.
+
+    Args:
+      compiled: What to take for `interpret=None`.
+    """
     compile_or_interpret = ptx.kernel
 
     def kernel(body, *, name=None, interpret=None, **kwargs):
+        interpret = interpret or compiled
         if not isinstance(interpret, OnMachine):
             return compile_or_interpret(body, name=name, interpret=interpret, **kwargs)
         function = functools.partial(_launch, body=body, name=name, kwargs=kwargs)
@@ -65,7 +70,7 @@ def _run(function: Callable, out_type: Any, how: OnMachine, *operands: jax.Array
     out, tree = jax.tree.flatten(out_type)
     results = []
     for seed in how.seeds:
-        buffers = [np.asarray(x).copy() for x in operands]
+        buffers = [_packed(np.array(x)) for x in operands]
         buffers += [np.zeros(x.shape, x.dtype) for x in out]
         as_bytes = [x.view(np.uint8).ravel() for x in buffers]
         machine = Machine(program, launch, as_bytes, seed)
@@ -79,3 +84,11 @@ def _run(function: Callable, out_type: Any, how: OnMachine, *operands: jax.Array
         same = [x.tobytes() for x in result] == [x.tobytes() for x in results[0]]
         assert same, "the result depends on the order of what runs at a time"
     return jax.tree.unflatten(tree, [jnp.asarray(x) for x in results[0]])
+
+
+def _packed(x: np.ndarray) -> np.ndarray:
+    """As it lies on a GPU, four two-bit entries a byte; NumPy takes a byte for each."""
+    if x.dtype != jnp.uint2:
+        return x
+    fours = x.astype(np.uint8).reshape(-1, 4)
+    return np.bitwise_or.reduce(fours << (0, 2, 4, 6), axis=1, dtype=np.uint8)

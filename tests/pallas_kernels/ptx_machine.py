@@ -37,6 +37,7 @@ from tests.pallas_kernels.ptx_memory import (
     swizzle,
 )
 from tests.pallas_kernels.ptx_program import Address, parse
+from tests.pallas_kernels.ptx_tensor_memory import tcgen05
 
 LANES = np.arange(32)
 BUFFER_BITS = 40  # a global address: the number of the buffer, plus one, and an offset
@@ -140,8 +141,9 @@ class Machine:
     def value(self, warp: Warp, operand: Any, kind: str) -> np.ndarray:
         """An operand of each thread; of two elements a register where the kind says."""
         if kind.endswith("x2"):
-            pairs = self.value(warp, operand, "b32").reshape(32, 1)
-            return pairs.view(DTYPES[kind[:-2]])
+            element = np.dtype(DTYPES[kind[:-2]])
+            pairs = self.value(warp, operand, f"b{16 * element.itemsize}")
+            return pairs.reshape(32, 1).view(element)
         dtype = np.dtype(DTYPES[kind])
         if isinstance(operand, str) and re.fullmatch(r"%(r|rd|rs)\d+", operand):
             if operand not in warp.registers:
@@ -402,6 +404,15 @@ class Machine:
             warp.block.barriers[address] = Barrier(count, count)
             return None
         assert ".arrive" in opcode
+        if ".noComplete" in opcode:
+            (count,) = operands[place + 1 :]
+            for address, many in zip(
+                addresses[active], self.value(warp, count, "u32")[active], strict=True
+            ):
+                barrier = warp.block.barrier(int(address))
+                assert barrier.pending > many, "an arrival that completes a phase"
+                barrier.change(arrivals=int(many))
+            return None
         expected = np.zeros(32, np.uint32)
         if ".expect_tx" in opcode:
             expected = self.value(warp, operands[place + 1], "u32")
@@ -578,12 +589,12 @@ class Machine:
         *a_flag, b_flag = flags[2:]
         everyone = np.ones(32, bool)
         start = self.uniform(warp, b, everyone) & (1 << 64) - 1
-        b = self._matrix(warp.block, start, n, 32, not b_flag, kind).T
+        b = self.matrix(warp.block, start, n, 32, not b_flag, kind).T
         if isinstance(a, list):
             a = self._packed(warp, a, kind)
         else:
             start = self.uniform(warp, a, everyone) & (1 << 64) - 1
-            a = self._matrix(warp.block, start, 64, 16, not a_flag[0], kind)
+            a = self.matrix(warp.block, start, 64, 16, not a_flag[0], kind)
             rows = slice(16 * (warp.number % 4), 16 * (warp.number % 4) + 16)
             a = a[rows][emulator.a_positions()]
         words = self.value(warp, metadata, "b32")
@@ -595,7 +606,7 @@ class Machine:
         for name, column in zip(d, c.T, strict=True):
             self.assign(warp, name, column, everyone)
 
-    def _matrix(self, block, descriptor, rows, columns, k_major, kind) -> np.ndarray:
+    def matrix(self, block, descriptor, rows, columns, k_major, kind) -> np.ndarray:
         """(rows, columns along k) of the matrix that a descriptor names.
 
         PTX ISA, "Asynchronous warpgroup level matrix shared memory layout": the fields
@@ -604,13 +615,16 @@ class Machine:
         start, leading, stride = (
             (descriptor >> place & 0x3FFF) << 4 for place in (0, 16, 32)
         )
-        width = {1: 128, 2: 64, 3: 32}[descriptor >> 62]
+        width = {2: 128, 4: 64, 6: 32}[descriptor >> 61 & 7]
         addresses = canonical_addresses(
             rows, columns, leading, stride, width, k_major=k_major
         )
         addresses = swizzle(start + addresses, width)
         data = block.read(addresses[..., None] + np.arange(2))
         return data.view(DTYPES[kind])[..., 0].astype(np.float32)
+
+    def _tcgen05(self, warp, instruction, active):
+        tcgen05(self, warp, instruction, active)
 
     # Arithmetic
 
@@ -623,8 +637,9 @@ class Machine:
             for one, column in zip(target, result.T, strict=True):
                 self.assign(warp, one, column, active)
         else:
-            joined = result.view(np.uint32)[:, 0] if result.ndim == 2 else result
-            self.assign(warp, target, joined, active)
+            if result.ndim == 2:
+                result = result.view(f"u{2 * result.itemsize}")[:, 0]
+            self.assign(warp, target, result, active)
 
 
 def _meet(warp: Warp, counter: list[int], warps: int) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tests.pallas_kernels.host_program import Descriptor, Launch
+from tests.pallas_kernels.ptx_tensor_memory import TensorMemory
 
 SHARED_BASE = 1024  # where a block's dynamic shared memory begins
 CLUSTER_BITS = 24  # a cluster address: the block's rank, plus one, and its own address
@@ -25,18 +26,21 @@ def box_in_memory(
     tensor: Descriptor, origin: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of a box's bytes, in order: their offsets in the buffer, and which exist."""
-    index = np.indices(tensor.box).reshape(len(tensor.box), -1)
+    # Elements of less than a byte, along the last axis, go by the byte.
+    each, size = max(1, 8 // tensor.bits), max(1, tensor.bits // 8)
+    index = np.indices((*tensor.box[:-1], tensor.box[-1] // each))
+    index = index.reshape(len(tensor.box), -1)
+    index[-1] *= each
     index = index + np.array(origin)[:, None]
     inside = np.all((index >= 0) & (index < np.array(tensor.shape)[:, None]), axis=0)
-    offsets = np.array(tensor.strides) @ index * tensor.itemsize
-    offsets = (offsets[:, None] + np.arange(tensor.itemsize)).ravel()
-    return offsets, np.repeat(inside, tensor.itemsize)
+    offsets = np.array(tensor.strides) @ index * tensor.bits // 8
+    return (offsets[:, None] + np.arange(size)).ravel(), np.repeat(inside, size)
 
 
 def box_in_shared_memory(tensor: Descriptor, address: int) -> np.ndarray:
     """Where in shared memory a box's bytes lie, in order."""
     assert address % 128 == 0, "TMA wants 128 bytes of alignment"
-    size = tensor.itemsize * int(np.prod(tensor.box))
+    size = tensor.bits * int(np.prod(tensor.box)) // 8
     return swizzle(address + np.arange(size), tensor.swizzle)
 
 
@@ -90,6 +94,7 @@ class Block:
         self.barriers: dict[int, Barrier] = {}
         self.waiting: dict[int, list[int]] = defaultdict(lambda: [0, 0])
         self.products: dict[int, list[list]] = defaultdict(list)
+        self.tensor_memory = TensorMemory(random)
         self.cluster: list[Block] = []
         self.warps = [Warp(self, i) for i in range(launch.threads // 32)]
 

@@ -17,14 +17,15 @@ from pallas_kernels import (
     compression_mosaic,
     matmul_sm80,
     matmul_sm90,
+    matmul_sm100,
     ptx,
     reference,
     tile_masks_mosaic,
 )
-from pallas_kernels.config import SM80Config, SM90Config
+from pallas_kernels.config import SM80Config, SM90Config, SM100Config
 from pallas_kernels.reference import Form
 from tests.pallas_kernels import ahead_of_time, gemm_suite, on_machine
-from tests.pallas_kernels.ahead_of_time import A100, H200
+from tests.pallas_kernels.ahead_of_time import A100, B200, H200
 from tests.pallas_kernels.element_wise import SPECIAL, assert_same, hard_scores
 from tests.pallas_kernels.on_machine import OnMachine
 
@@ -122,6 +123,58 @@ def test_ampere_in_every_layout(rng, name, target, config):
     sizes = (200, 136, 324)
     how = OnMachine(target, seeds=(0,))
     check(matmul_sm80, rng, how, config, sizes, FORMS[name], with_bias=True)
+
+
+def check_blackwell(rng, how: OnMachine, config, sizes, form, **kwargs):
+    """Where others are interpreted this kernel takes A decompressed: so not `gemm`."""
+
+    def gemm(*operands):
+        with on_machine.kernels(compiled=how):
+            *arrays, form = operands
+            return matmul_sm100._gemm(
+                *arrays, form=form, config=config, blocks=2, interpret=None
+            )
+
+    gemm_suite.check(gemm, rng, *sizes, form, **kwargs)
+
+
+BLACKWELL = SM100Config(block_m=128, block_n=64, block_k=128, stages=2)
+
+
+def test_blackwell(rng):
+    form = FORMS["fprop W24, dgrad W24ᵀ"]
+    check_blackwell(rng, OnMachine(B200), BLACKWELL, (128, 64, 256), form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_blackwell_in_every_layout(rng, form, out_dtype):
+    """Six tiles on two blocks, not all of them full."""
+    form = dataclasses.replace(form, out_dtype=out_dtype)
+    sizes = (300, 136, 388)
+    check_blackwell(rng, OnMachine(B200), BLACKWELL, sizes, form, with_bias=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, sizes",
+    [
+        (SM100Config(128, 256, 128, 2), (256, 300, 256)),
+        (SM100Config(128, 64, 256, 2), (128, 128, 768)),
+    ],
+    ids=str,
+)
+def test_blackwell_in_other_tiles(rng, config, sizes):
+    form = FORMS["fprop x24, wgrad"]
+    check_blackwell(rng, OnMachine(B200), config, sizes, form)
+
+
+@pytest.mark.slow
+def test_missing_metadata_are_found_on_blackwell(rng):
+    how = OnMachine(B200, edit=lambda ptx: re.sub(r"tcgen05\.cp.*", "", ptx))
+    with pytest.raises(AssertionError, match="metadata out of order|Mismatched"):
+        check_blackwell(rng, how, BLACKWELL, (128, 64, 128), Form())
 
 
 def without_selector(ptx: str) -> str:
