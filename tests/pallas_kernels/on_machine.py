@@ -1,7 +1,7 @@
 """Kernels compiled for a GPU and run on the CPU, where others are interpreted.
 
-with on_machine.kernels():
-    gemm(a, b, None, form, config=config, interpret=OnMachine(H200))
+Within `on_machine.kernels()` a kernel with `interpret=OnMachine(H200)` is compiled for
+that GPU, and its PTX runs in `ptx_machine.py`.
 """
 
 import dataclasses
