@@ -41,6 +41,17 @@ def c_positions() -> tuple[np.ndarray, np.ndarray]:
     return GROUP[:, None] + 8 * (i // 2), 2 * THREAD[:, None] + i % 2
 
 
+def decompressed(values: np.ndarray, nibbles: np.ndarray) -> np.ndarray:
+    """Rows of a 2:4 matrix: values (rows, 2G) and nibbles (rows, G) to (rows, 4G)."""
+    first, second = nibbles & 3, nibbles >> 2
+    assert (first < second).all(), "metadata out of order: the result is undefined"
+    row, group = np.indices(nibbles.shape)
+    dense = np.zeros((len(values), 2 * values.shape[1]))
+    dense[row, 4 * group + first] = values[:, ::2]
+    dense[row, 4 * group + second] = values[:, 1::2]
+    return dense
+
+
 def expand(a: np.ndarray, metadata: np.ndarray, selector: int) -> np.ndarray:
     """The dense 16x32 tile of A that one instruction multiplies.
 
@@ -49,17 +60,11 @@ def expand(a: np.ndarray, metadata: np.ndarray, selector: int) -> np.ndarray:
       metadata: A word of each lane, uint32 (32,); half of them are read.
       selector: Which half: 0 or 1.
     """
-    rows, columns = (x[:, ::2] for x in a_positions())
-    group = columns // 2
-    words = metadata[4 * (rows % 8) + 2 * selector + group // 4].astype(np.int64)
-    half = np.where(rows >= 8, words >> 16, words & 0xFFFF)
-    nibble = half >> 4 * (group % 4) & 0xF
-    first, second = nibble & 3, nibble >> 2
-    assert (first < second).all(), "metadata out of order: the result is undefined"
-    dense = np.zeros((16, 32))
-    dense[rows, 4 * group + first] = a[:, ::2]
-    dense[rows, 4 * group + second] = a[:, 1::2]
-    return dense
+    values = np.zeros((16, 16))
+    values[a_positions()] = a
+    row, group = np.indices((16, 8))
+    words = metadata[4 * (row % 8) + 2 * selector + group // 4].astype(np.int64)
+    return decompressed(values, words >> 16 * (row // 8) + 4 * (group % 4) & 0xF)
 
 
 def mma_sp(

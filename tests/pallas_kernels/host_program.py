@@ -93,13 +93,9 @@ class _Host:
             name, _, operation = line.strip().rpartition(" = ")
             opcode, _, rest = operation.removeprefix("tail ").partition(" ")
             if "@mosaic_gpu_launch_kernel" in rest:
-                return self.launch(
-                    *self.arguments(rest)[1:11], self.arguments(rest)[-1]
-                )
+                return self.launch(self.arguments(rest), parameters=-1)
             if "@mosaic_gpu_build_kernel_spec" in rest:  # since jax 0.12
-                return self.launch(
-                    *self.arguments(rest)[1:11], self.arguments(rest)[-2]
-                )
+                return self.launch(self.arguments(rest), parameters=-2)
             result = getattr(self, opcode)(name, rest)
             if name:
                 self.values[name] = result
@@ -130,9 +126,7 @@ class _Host:
 
     def getelementptr(self, name: str, rest: str) -> _Address:
         if rest.startswith("{"):  # the entries of a structure count as 8 bytes
-            base, first, index = re.findall(r"(ptr %\w+), (i32 \d+), (i32 \d+)$", rest)[
-                0
-            ]
+            base, first, index = rest.rsplit(", ", 3)[1:]
             assert self.value(first) == 0
             return self.value(base) + 8 * self.value(index)
         rest = rest.removeprefix("inbounds ").removeprefix("nuw ")
@@ -175,19 +169,19 @@ class _Host:
             buffer, shape, strides, box, swizzle, _BITS[dtype]
         )
 
-    def launch(self, *numbers: Any) -> Launch:
-        *sizes, shared_memory, parameters = numbers
-        grid, cluster, block = (tuple(sizes[i : i + 3]) for i in (0, 3, 6))
+    def launch(self, arguments: list[Any], *, parameters: int) -> Launch:
+        """`parameters` is the place in the call of the array of their addresses."""
+        grid, cluster, block = (tuple(arguments[i : i + 3]) for i in (1, 4, 7))
         assert block[1:] == (1, 1)
-        count = sum(address.of == parameters.of for address in self.memory)
+        array = arguments[parameters]
+        count = sum(place.of == array.of for place in self.memory)
+        places = [self.memory[array + 8 * i] for i in range(count)]
         return Launch(
             grid,
             tuple(max(1, size) for size in cluster),
-            block[0],
-            shared_memory,
-            tuple(
-                self.parameter(self.memory[parameters + 8 * i]) for i in range(count)
-            ),
+            threads=block[0],
+            shared_memory=arguments[10],
+            parameters=tuple(self.parameter(place) for place in places),
         )
 
     def parameter(self, place: _Address) -> int | tuple[Descriptor, ...]:

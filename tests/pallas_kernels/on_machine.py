@@ -18,7 +18,7 @@ import pytest
 from pallas_kernels import ptx
 from tests.pallas_kernels import ahead_of_time
 from tests.pallas_kernels.host_program import read_launch
-from tests.pallas_kernels.ptx_machine import Machine
+from tests.pallas_kernels.ptx_machine import run_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,18 +68,15 @@ def _run(function: Callable, out_type: Any, how: OnMachine, *operands: jax.Array
     compiled = ahead_of_time.compile_kernel(function, *shapes, target=how.target)
     program, launch = how.edit(compiled.ptx), read_launch(compiled.host)
     out, tree = jax.tree.flatten(out_type)
+    buffers = [_packed(np.asarray(x)) for x in operands]
     results = []
     for seed in how.seeds:
-        buffers = [_packed(np.array(x)) for x in operands]
-        buffers += [np.zeros(x.shape, x.dtype) for x in out]
-        as_bytes = [x.view(np.uint8).ravel() for x in buffers]
-        machine = Machine(program, launch, as_bytes, seed)
-        machine.run()
+        machine, result = run_kernel(program, launch, buffers, out, seed)
         wanted = round(how.conflicts * machine.least_wavefronts)
         assert machine.wavefronts == wanted, (
             f"{machine.wavefronts} wavefronts where {machine.least_wavefronts} would do"
         )
-        results.append(buffers[len(operands) :])
+        results.append(result)
     for result in results[1:]:
         same = [x.tobytes() for x in result] == [x.tobytes() for x in results[0]]
         assert same, "the result depends on the order of what runs at a time"

@@ -17,7 +17,7 @@ ptxas, which gives physical registers and machine code, is not covered.
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -640,6 +640,32 @@ class Machine:
             if result.ndim == 2:
                 result = result.view(f"u{2 * result.itemsize}")[:, 0]
             self.assign(warp, target, result, active)
+
+
+def run_kernel(
+    ptx: str,
+    launch: Launch,
+    operands: Sequence[np.ndarray],
+    out: Sequence[Any],
+    seed: int,
+) -> tuple[Machine, list[np.ndarray]]:
+    """Runs a kernel on arrays.
+
+    Args:
+      ptx: The kernel.
+      launch: How it is started; buffers are the operands, then the results.
+      operands: As they lie on a GPU.
+      out: Shape and dtype of each result.
+      seed: As the module says.
+
+    Returns:
+      The machine that ran, and the results.
+    """
+    results = [np.zeros(x.shape, x.dtype) for x in out]
+    buffers = [*(x.copy() for x in operands), *results]
+    machine = Machine(ptx, launch, [x.view(np.uint8).ravel() for x in buffers], seed)
+    machine.run()
+    return machine, results
 
 
 def _meet(warp: Warp, counter: list[int], warps: int) -> str | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -13,7 +13,7 @@ class Address:
 
     base: Any
     offset: int = 0
-    coordinates: tuple = ()
+    coordinates: Sequence[Any] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +51,20 @@ def parse(ptx: str) -> tuple[list[Instruction], dict[str, int]]:
 
 def _statements(body: str) -> Iterator[str]:
     """Statements without their semicolon, labels with their colon, braces of blocks."""
-    start, depth, i = 0, 0, 0
-    while i < len(body):
-        begun = body[start:i].strip()
-        char = body[i]
+    start = 0
+    for match in re.finditer(r"[{};:]", body):
+        char, end = match[0], match.end()
+        begun = body[start : match.start()].strip()
         if char in "{}" and not begun:
             yield char
-            start = i + 1
-        elif char in "{}":
-            depth += 1 if char == "{" else -1
         elif char == ";":
             if begun:
                 yield begun
-            start = i + 1
-        elif char == ":" and re.fullmatch(r"[\w$]+", begun) and body[i + 1] != ":":
+        elif char == ":" and re.fullmatch(r"[\w$]+", begun) and body[end] != ":":
             yield begun + ":"
-            start = i + 1
-        i += 1
+        else:
+            continue  # within a statement
+        start = end
 
 
 def _scoped(name: str, scope: str) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.pallas_kernels import emulator
+
 LANES, COLUMNS = 128, 512
 
 
@@ -116,14 +118,10 @@ def _product(machine, warp, memory, d: int, numbers: list[int], adds: bool) -> N
     words = memory.words[:, (metadata & 0xFFFF) + (kind & 3)].astype(np.int64)
     row, group = np.arange(LANES)[:, None], np.arange(8)
     lane = row // 16 * 16 + group // 4 * 8 + row % 8
-    nibble = words[lane] >> (row // 8 % 2 * 16 + group % 4 * 4) & 15
-    first, second = nibble & 3, nibble >> 2
-    assert (first < second).all(), "metadata out of order: the result is undefined"
-    dense_a = np.zeros((LANES, 32), np.float32)
-    dense_a[row, 4 * group + first] = values[:, ::2]
-    dense_a[row, 4 * group + second] = values[:, 1::2]
+    nibbles = words[lane] >> 16 * (row // 8 % 2) + 4 * (group % 4) & 0xF
+    dense_a = emulator.decompressed(values, nibbles)
     place = memory.words[:, d & 0xFFFF : (d & 0xFFFF) + n]
-    product = dense_a @ dense_b.T
+    product = (dense_a @ dense_b.T).astype(np.float32)
     if adds:
         product = product + place.view(np.float32)
     place[:] = product.view(np.uint32)

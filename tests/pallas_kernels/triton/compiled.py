@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.pallas_kernels.host_program import Launch
-from tests.pallas_kernels.ptx_machine import Machine
+from tests.pallas_kernels.ptx_machine import run_kernel
 
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 
@@ -57,9 +57,7 @@ def run_launch(module: Any, case: Callable[[], Any], capability: int) -> Any:
 
     def call(kernel, *arrays, out, grid, num_warps, **constants):
         leaves, tree = jax.tree.flatten(out)
-        buffers = [np.asarray(x).copy() for x in arrays]
-        results = [np.zeros(x.shape, x.dtype) for x in leaves]
-        types = [_TYPES[x.dtype.name] for x in (*buffers, *results)]
+        types = [_TYPES[np.dtype(x.dtype).name] for x in (*arrays, *leaves)]
         program = _compile(kernel, types, constants, num_warps, capability)
         launch = Launch(
             grid=(*grid, 1, 1)[:3],
@@ -69,8 +67,8 @@ def run_launch(module: Any, case: Callable[[], Any], capability: int) -> Any:
             # Triton's last two are memory for purposes that no kernel here has.
             parameters=(*range(len(types)), -1, -1),
         )
-        as_bytes = [x.view(np.uint8).ravel() for x in (*buffers, *results)]
-        Machine(program.ptx, launch, as_bytes, seed=0).run()
+        operands = [np.asarray(x) for x in arrays]
+        _, results = run_kernel(program.ptx, launch, operands, leaves, seed=0)
         return jax.tree.unflatten(tree, results)
 
     with pytest.MonkeyPatch.context() as patch:
