@@ -25,9 +25,9 @@ cycle; with `at_most` 37 and 19 (sm_90a, bfloat16, counted in the machine code).
 Each of four warps takes such a part of a tile, along either axis. Matrices that no
 arrangement of the four divides are padded with zeros, one more pass over them.
 
-Compiled for sm_80, sm_90a and sm_100a, interpreted with race detection, and the PTX of
-the first two run on a CPU (`tests/pallas_kernels/ptx_machine.py`). Not yet run on a
-GPU.
+Compiled for sm_80, 89, 90a, 100a and 120a, and the PTX run on a CPU
+(`tests/pallas_kernels/ptx_machine.py`); interpreted with race detection. Not yet run on
+a GPU.
 """
 
 import functools

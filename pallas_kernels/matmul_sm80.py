@@ -21,9 +21,9 @@ Any M, N and K: an operand that does not fill whole tiles is copied and padded w
 zeros, and D is cut. Runs wherever `mma.sp` does, capability 8.0 and later; from 9.0 on
 Mosaic copies by TMA instead of cp.async. Needs jax 0.11.1, which first had Ampere.
 
-Not yet run on a GPU. It compiles for sm_80, 86, 90a and 120a; its body is interpreted
-with race detection, for which jax takes the path by TMA; and its PTX for sm_80 and
-sm_90a is run on a CPU, thread by thread (`tests/pallas_kernels/ptx_machine.py`).
+Not yet run on a GPU. Its body is interpreted with race detection, for which jax takes
+the path by TMA; it compiles for sm_80, 86, 89, 90a, 100a and 120a, and the PTX is run
+on a CPU, thread by thread (`tests/pallas_kernels/ptx_machine.py`).
 """
 
 import dataclasses

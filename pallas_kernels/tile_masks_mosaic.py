@@ -6,9 +6,9 @@ tiles, 256 bytes of bfloat16, and writes 128 bytes; of narrower matrices more li
 fewer tiles. Bits rather than booleans leave the kernel: an eighth or a quarter of the
 bytes that it reads, and XLA unpacks them where they are used.
 
-Compiled for sm_80, sm_90a and sm_100a, interpreted with race detection, and the PTX of
-the first two run on a CPU (`tests/pallas_kernels/ptx_machine.py`). Not yet run on a
-GPU.
+Compiled for sm_80, 89, 90a, 100a and 120a, and the PTX run on a CPU
+(`tests/pallas_kernels/ptx_machine.py`); interpreted with race detection. Not yet run on
+a GPU.
 """
 
 import functools

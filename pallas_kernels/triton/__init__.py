@@ -9,6 +9,8 @@ import importlib.util
 import inspect
 from typing import Any
 
+import jax
+
 from pallas_kernels.devices import this_device
 
 
@@ -20,13 +22,24 @@ def unavailable() -> str | None:
     if device.capability < (8, 0):
         major, minor = device.capability
         return f"needs compute capability 8.0, this device has {major}.{minor}"
+    return missing()
+
+
+def missing() -> str | None:
+    """Why jax-triton cannot be called, whatever the device; None if it can."""
     for package in ("triton", "jax_triton"):
         if importlib.util.find_spec(package) is None:
             return f"needs {package}: pip install 'nmjax[triton]'"
     try:
-        importlib.import_module("jax_triton")
+        version = importlib.import_module("jax_triton").__version__
     except ImportError as error:
         return f"cannot import jax_triton: {error}"
+    # Its rule for dead code lacks an argument that jax 0.12 passes.
+    if jax.__version_info__ >= (0, 12) and version in ("0.4.0", "0.4.1"):
+        return (
+            f"jax_triton {version} fails with jax {jax.__version__}: "
+            "take jax_triton 0.3.1 or a later one, or jax before 0.12"
+        )
     return None
 
 

@@ -48,8 +48,10 @@ class Target:
 
 A100 = Target("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912, False)
 RTX3090 = Target("NVIDIA GeForce RTX 3090", (8, 6), 82, 101_376, False)
+RTX4090 = Target("NVIDIA GeForce RTX 4090", (8, 9), 128, 101_376, False)
 H200 = Target("NVIDIA H200", (9, 0), 132, 232_448)
 B200 = Target("NVIDIA B200", (10, 0), 148, 232_448)
+RTX5090 = Target("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376)
 
 
 def missing() -> str | None:

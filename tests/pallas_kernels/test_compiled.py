@@ -25,7 +25,14 @@ from pallas_kernels import (
 from pallas_kernels.config import SM80Config, SM90Config, SM100Config
 from pallas_kernels.reference import Form
 from tests.pallas_kernels import ahead_of_time, gemm_suite, on_machine
-from tests.pallas_kernels.ahead_of_time import A100, B200, H200
+from tests.pallas_kernels.ahead_of_time import (
+    A100,
+    B200,
+    H200,
+    RTX3090,
+    RTX4090,
+    RTX5090,
+)
 from tests.pallas_kernels.element_wise import SPECIAL, assert_same, hard_scores
 from tests.pallas_kernels.on_machine import OnMachine
 
@@ -112,8 +119,8 @@ def test_ampere(rng):
 @pytest.mark.parametrize(
     "name, target, config",
     [
-        *((name, A100, AMPERE) for name in FORMS),
-        ("fprop x24, wgrad", A100, SM80Config(64, 64, 128, 2, m_warps=1)),
+        *zip(FORMS, (A100, RTX3090, RTX4090, RTX5090), (AMPERE,) * 4, strict=True),
+        ("fprop x24, wgrad", B200, SM80Config(64, 64, 128, 2, m_warps=1)),
         ("wgrad xᵀ dy24", H200, SM80Config(128, 128, 64, 2)),  # by TMA
     ],
     ids=str,
@@ -232,9 +239,9 @@ def special(rng, shape, dtype):
     "axis, dtype, target",
     [
         (-1, "float32", H200),
-        (-2, "bfloat16", H200),
+        (-2, "bfloat16", B200),
         (-1, "bfloat16", A100),
-        (-2, "float32", A100),
+        (-2, "float32", RTX5090),
     ],
 )
 def test_compression(rng, axis, dtype, target):
@@ -250,7 +257,7 @@ def test_compression(rng, axis, dtype, target):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "at_most, dtype, target",
-    [(False, "float32", H200), (True, "bfloat16", H200), (False, "bfloat16", A100)],
+    [(False, "float32", H200), (True, "bfloat16", B200), (False, "bfloat16", A100)],
 )
 def test_compression_of_both_forms(rng, at_most, dtype, target):
     w = special(rng, (36, 20), dtype)
@@ -264,7 +271,7 @@ def test_compression_of_both_forms(rng, at_most, dtype, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_most, target", [(False, A100), (True, H200)])
+@pytest.mark.parametrize("at_most, target", [(False, RTX4090), (True, H200)])
 def test_tile_masks(at_most, target):
     scores = jnp.asarray(hard_scores((20, 36)))
     with on_machine.kernels():

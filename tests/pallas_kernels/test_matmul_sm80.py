@@ -20,7 +20,7 @@ from pallas_kernels.config import (
 )
 from pallas_kernels.reference import Form
 from tests.pallas_kernels import ahead_of_time, emulator, gemm_suite
-from tests.pallas_kernels.ahead_of_time import A100, H200, RTX3090, Target
+from tests.pallas_kernels.ahead_of_time import A100, H200, RTX3090, RTX5090, Target
 from tests.pallas_kernels.test_layouts import registers, to_mosaic
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -32,8 +32,6 @@ needs_ampere = pytest.mark.skipif(
 needs_compiler = pytest.mark.skipif(
     ahead_of_time.missing() is not None, reason=str(ahead_of_time.missing())
 )
-
-RTX5090 = Target("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376)
 
 FORMS = gemm_suite.FORMS
 SMALLEST = SM80Config(block_m=64, block_n=64, block_k=64, stages=2)

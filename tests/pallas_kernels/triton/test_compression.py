@@ -2,12 +2,15 @@
 
 import functools
 import importlib.util
+import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import reference
+import pallas_kernels
+from pallas_kernels import reference, triton
 from pallas_kernels.format import NMCompressed
 from pallas_kernels.triton import compression
 from tests.pallas_kernels.element_wise import assert_same, every_group, widths
@@ -105,6 +108,7 @@ def test_interpreted_kernel_of_both_forms(key, interpreted):
 W = jnp.zeros((1024, 4096))
 
 
+@compiled.needs_compiler
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("dtype, loads", [("bfloat16", 4), ("float32", 8)])
@@ -118,9 +122,10 @@ def test_kernel_compiles_with_wide_loads(capability, axis, dtype, loads):
     )
     assert widths(result.ptx, "ld") == {16: loads}
     assert widths(result.ptx, "st") == {16: 2, 4: 1}
-    assert result.shared_memory <= 16 * 1024
+    assert result.launch.shared_memory <= 16 * 1024
 
 
+@compiled.needs_compiler
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("at_most", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kernel_of_both_forms_compiles_with_wide_loads(capability, at_most):
@@ -133,9 +138,10 @@ def test_kernel_of_both_forms_compiles_with_wide_loads(capability, at_most):
     )
     assert widths(result.ptx, "ld") == {16: 4}
     assert widths(result.ptx, "st") == {16: 4, 4: 2}
-    assert result.shared_memory <= 16 * 1024
+    assert result.launch.shared_memory <= 16 * 1024
 
 
+@compiled.needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
@@ -155,6 +161,7 @@ def test_compiled_kernel_masks_by_magnitude(key, capability):
     assert_same(actual if axis == -1 else actual.T, expected)
 
 
+@compiled.needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
@@ -170,3 +177,22 @@ def test_compiled_kernel_of_both_forms(key, capability):
     expected = reference.compress_transposable(w, jnp.float16, at_most=key[1])
     for form, same in zip(actual, expected, strict=True):
         assert_same(as_jax(form), same)
+
+
+@compiled.needs_compiler
+def test_public_function_calls_the_kernel_within_transforms(monkeypatch):
+    """`jax_triton.triton_call` has no rule for vmap or gradients: the wrapper has."""
+    call = functools.partial(triton.call, compute_capability=80)
+    monkeypatch.setattr(compression, "call", call)
+    monkeypatch.setattr(compression, "unavailable", lambda: None)
+
+    def loss(w):
+        w24 = pallas_kernels.compress_magnitude(w, implementation="triton")
+        return jnp.sum(w24.values.astype(jnp.float32) ** 2)
+
+    traced = jax.jit(jax.vmap(jax.grad(loss))).trace(jnp.zeros((3, 64, 128)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in compiled.py
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("custom_call @triton_kernel_call") == 1
+    assert "stablehlo.while" in lowered
