@@ -251,6 +251,16 @@ class Recipe:
         return ("mask", "mask_dgrad", *names) if self.masks_dgrad else ("mask",)
 
     @property
+    def entry_names(self) -> frozenset[str]:
+        """What its entry may hold: masks that are prepared, and the flip rate, too."""
+        names = {*self.state_names}
+        if self.masks_weight:
+            names |= {"mask", "mask_dgrad"} if self.masks_dgrad else {"mask"}
+        if self.keeps_mask and self.refresh is not None:
+            names.add("flip_rate")
+        return frozenset(names)
+
+    @property
     def needs_state(self) -> bool:
         """Whether a forward pass needs an entry from `nmjax.init_state`."""
         return bool(self.state_names)

@@ -286,8 +286,9 @@ class Sparsity:
           Shape and dtype of `w`; `w` itself where the recipe masks no weight.
 
         Raises:
-          ValueError: As `masks`; or a learned mask has random bits to train with, but
-            comes from `nmjax.prepare`, so that its logits would get no gradient.
+          ValueError: As `masks`; or a learned mask comes from `nmjax.prepare`, so that
+            its logits would get no gradient, and has random bits to train with, or the
+            logits are differentiated.
         """
         recipe = self.recipe
         if not recipe.masks_weight:
@@ -295,12 +296,11 @@ class Sparsity:
         if recipe.mask == "learned":
             if "mask" not in entry:
                 return self._apply_learned(w, entry)
+            message = f"{self.path}: {PREPARED}"
             if "key" in entry:
-                raise ValueError(
-                    f"{self.path}: masks from nmjax.prepare give logits no gradient; "
-                    "to train, pass the state itself (from nmjax.init_state), and to "
-                    "evaluate, no random bits"
-                )
+                raise ValueError(message)
+            if "logits" in entry:
+                w = _without_logits(message, w, entry["logits"])
         mask = self.mask(w, entry)
         if recipe.mask == "soft-threshold":
             if "scale" not in entry:
@@ -365,7 +365,13 @@ class Sparsity:
 
 NO_KEY = (
     "training needs random bits and none were given; in linen pass a key, "
-    'model.apply(..., rngs={"nm": key}), in nnx call nmjax.nnx.set_key(model, key)'
+    'model.apply(..., rngs={"nm": key}), in nnx call nmjax.nnx.set_key(model, key) '
+    "(of a model in training mode)"
+)
+
+PREPARED = (
+    "masks from nmjax.prepare give logits no gradient; to train, pass the state itself "
+    "(from nmjax.init_state), and to evaluate, no random bits"
 )
 
 
@@ -393,4 +399,22 @@ _without_noise.defvjp(
         None,
     ),
     _refuse,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _without_logits(message, w: jax.Array, logits: jax.Array) -> jax.Array:
+    """`w`; a gradient of `logits`, which had no part in its mask, is refused."""
+    del message, logits
+    return w
+
+
+def _without_logits_fwd(message, w, logits):
+    if logits.perturbed:
+        raise ValueError(message)
+    return w.value, None
+
+
+_without_logits.defvjp(
+    _without_logits_fwd, lambda message, _, dw: (dw, None), symbolic_zeros=True
 )

@@ -271,10 +271,11 @@ def state_entries(state: NMState, plan: Plan) -> dict[str, dict[str, jax.Array]]
     """The entries of a state by path.
 
     Raises:
-      ValueError: The state has an entry for a parameter that is not sparse here, or a
-        mask that is not bool.
+      ValueError: The state has an entry for a parameter that is not sparse here, an
+        entry of another recipe, or a mask that is not bool.
     """
-    known = {entry.path for entry in plan if entry.sparse or entry.reason == NOT_USED}
+    recipes = {entry.path: entry.recipe for entry in plan.sparse}
+    known = recipes.keys() | {e.path for e in plan if e.reason == NOT_USED}
     entries: dict[str, dict[str, jax.Array]] = {}
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     for path, leaf in leaves:
@@ -287,6 +288,14 @@ def state_entries(state: NMState, plan: Plan) -> dict[str, dict[str, jax.Array]]
             "with nmjax.init_state(params, plan)"
         )
     for path, entry in entries.items():
+        recipe = recipes.get(path)
+        if recipe is not None and not entry.keys() <= recipe.entry_names:
+            raise ValueError(
+                f"{path}: the state holds its {sorted(entry)}, of which recipe "
+                f"{recipe.name!r} knows {sorted(recipe.entry_names)}: it is of another "
+                "recipe or phase; make it anew with nmjax.init_state(params, plan), "
+                "or at the border of two phases with nmjax.next_state"
+            )
         for name in entry.keys() & set(MASKS):
             if entry[name].dtype != jnp.bool_:
                 dtype = entry[name].dtype

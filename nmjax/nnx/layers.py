@@ -75,6 +75,8 @@ class _SparseLayer(nnx.Module):
       nm_flip_rate: Where the recipe refreshes the mask.
       nm_logits: Where the mask is learned.
       nm_key: Random bits of this step, where the recipe draws and has been given any.
+      nm_mode: Whether it has `deterministic` for its learned mask alone, which is then
+        without noise after `model.eval()`, as `nnx.Dropout` is.
     """
 
     kernel: nnx.Param
@@ -89,6 +91,7 @@ class _SparseLayer(nnx.Module):
     nm_flip_rate: NMFlipRate | None = None
     nm_logits: NMLogits | None = None
     nm_key: NMKey | None = None
+    nm_mode: bool = False
 
     def __init__(self, *args: Any, recipe: RecipeLike = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -115,6 +118,20 @@ class _SparseLayer(nnx.Module):
     conv_general_dilated = _Hook(lambda layer, own: ConvGeneralDilated())
     einsum_op = _Hook(lambda layer, own: EinsumOp())
 
+    @property
+    def set_view(self) -> Callable[..., None]:
+        """What `nnx.view(model, deterministic=True)` calls, where there is any."""
+        own = getattr(getattr(self, "nm_base", None), "set_view", None)
+        if own is not None:
+            return functools.partial(own, self)
+        if not self.nm_mode:
+            raise AttributeError(f"{type(self).__name__} has no 'set_view'")
+        return self._set_deterministic
+
+    def _set_deterministic(self, deterministic: bool | None = None):
+        if deterministic is not None:
+            self.deterministic = deterministic
+
     def nm_kernel(self, kernel: jax.Array) -> SparseKernel:
         """What the layer's op reads in place of the plain kernel."""
         sparsity = cast(Sparsity, self.nm_sparsity)
@@ -129,7 +146,8 @@ class _SparseLayer(nnx.Module):
                     "nnx.Param must take it of the mask too, "
                     "nnx.StateAxes({nnx.Param: 0, nmjax.nnx.NMMask: 0, ...})"
                 )
-        if self.nm_key is not None:
+        quiet = sparsity.recipe.mask == "learned" and vars(self)["deterministic"]
+        if self.nm_key is not None and not quiet:
             entry["key"] = self.nm_key[...]
         return SparseKernel(kernel, entry, sparsity.in_layer())
 
@@ -264,9 +282,11 @@ def make_sparse(layer: Any, entry: PlanEntry) -> bool:
     sparsity = dataclasses.replace(Sparsity.of(entry), path=path)
     if getattr(layer, "nm_sparsity", None) == sparsity:
         return False
-    _remove(layer, *_ENTRY)
+    _remove_entry(layer)
     object.__setattr__(layer, "__class__", _sparse_class(type(layer)))
     layer.nm_sparsity = sparsity
+    if sparsity.recipe.mask == "learned" and "deterministic" not in vars(layer):
+        layer.nm_mode, layer.deterministic = True, False
     return True
 
 
@@ -274,10 +294,18 @@ def make_dense(module: Any) -> None:
     """Takes from a module what `make_sparse` gave it, and a recipe of its own."""
     if not isinstance(module, _SparseLayer):
         return
-    _remove(module, "nm_recipe", "nm_sparsity", *_ENTRY)
+    _remove_entry(module)
+    _remove(module, "nm_recipe", "nm_sparsity")
     # A user's subclass of a layer of this module has no base: dense as it is now.
     base = vars(type(module)).get("nm_base", type(module))
     object.__setattr__(module, "__class__", base)
+
+
+def _remove_entry(layer: Any) -> None:
+    """Takes from a layer what its recipe had it keep."""
+    if getattr(layer, "nm_mode", False):
+        _remove(layer, "nm_mode", "deterministic")
+    _remove(layer, *_ENTRY)
 
 
 def _remove(layer: Any, *names: str) -> None:

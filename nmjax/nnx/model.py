@@ -145,8 +145,9 @@ def set_key(model: nnx.Module, key: jax.Array | None) -> None:
     Args:
       model: The model.
       key: PRNG key of this step (and micro-batch): `jax.random.fold_in(key, step)`.
-        None takes them away: learned masks are then the most probable ones, as in
-        evaluation, and a gradient that must be sampled raises.
+        None takes them away: learned masks are then the most probable ones, as they
+        are after `model.eval()`, and a gradient that must be sampled raises. The first
+        key adds a Variable to each of these layers, which traces a jitted step anew.
     """
     for weight in find_weights(model).values():
         if any(map(_draws, weight.layers)):

@@ -363,9 +363,16 @@ def test_a_learned_mask_needs_logits_and_a_key_to_train():
     with pytest.raises(ValueError, match="temperature in the state"):
         model.apply({"params": params, "nm_logits": logits}, X, rngs={"nm": KEY})
     prepared = nmjax.prepare(params, plan, state, logits=logits)
-    variables = {"params": params, "nm": prepared, "nm_logits": logits}
+    variables = {"params": params, "nm": prepared}
+
+    def loss(logits, x):
+        return model.apply({**variables, "nm_logits": logits}, x).sum()
+
     with pytest.raises(ValueError, match="give logits no gradient"):
-        model.apply(variables, X, rngs={"nm": KEY})
+        model.apply({**variables, "nm_logits": logits}, X, rngs={"nm": KEY})
+    with pytest.raises(ValueError, match="give logits no gradient"):
+        jax.jit(jax.grad(loss))(logits, X)
+    assert jax.jit(jax.grad(loss, argnums=1))(logits, X).any()
 
 
 def test_the_temperature_follows_the_step():
@@ -403,13 +410,49 @@ def test_nnx_learns_masks():
     assert np.abs(grads["layer"]["nm_logits"][...]).max() > 0
     weights = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param))(model)
     assert not np.any(weights["layer"]["kernel"][...])
+    quiet = nnx.view(model, deterministic=True)
+    assert loss(model) == sampled
+    model.eval()
+    most_probable = loss(model)
+    with pytest.raises(ValueError, match="training mode"):
+        nnx.grad(loss, argnums=only_logits)(model)
+    model.train()
+    assert loss(model) == sampled
     nmjax.nnx.set_key(model, None)
-    assert loss(model) != sampled
+    assert loss(model) == loss(quiet) == most_probable != sampled
     plan = nmjax.plan(model, [])
     masks = nmjax.prepare(
         nmjax.nnx.params(model), plan, nmjax.nnx.state(model), logits=logits
     )
     nmjax.check(nmjax.nnx.params(model), plan, masks)
+
+
+class OwnMode(nnx.Linear):
+    """A user's layer with a mode of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.deterministic = False
+
+    def set_view(self, deterministic=None):
+        self.deterministic = deterministic
+
+
+@pytest.mark.parametrize("recipe", ["2:4", LEARNED], ids=["SR-STE", "learned"])
+@pytest.mark.parametrize("cls", [nnx.Linear, OwnMode])
+def test_nnx_modes_leave_a_layer_as_it_was(cls, recipe):
+    dense = cls(8, 4, rngs=nnx.Rngs(0))
+    model = nmjax.sparsify(nnx.Dict(layer=dense), [nmjax.Rule(".*", recipe)])
+    has_mode = cls is OwnMode or recipe is LEARNED
+    assert hasattr(model["layer"], "deterministic") == has_mode
+    assert hasattr(model["layer"], "set_view") == has_mode
+    model.eval()
+    model.train()
+    again = nmjax.densify(model)["layer"]
+    assert nnx.graphdef(again) == nnx.graphdef(dense)
+    if has_mode:
+        seen = nnx.view(model, deterministic=True)
+        assert seen["layer"].deterministic and not model["layer"].deterministic
 
 
 # Every layer shares the three GEMMs

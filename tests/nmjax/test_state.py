@@ -405,6 +405,22 @@ def test_a_state_of_another_model_is_refused(params):
             function(with_mask(state, mask.astype(jnp.float32)))
 
 
+def test_a_state_of_another_phase_is_refused(params):
+    """Where the paths agree: masks freeze, say, and the state is the earlier one."""
+
+    def plan_of(recipe):
+        return plan_params(params, [Rule("head", None), Rule(".*", recipe)])
+
+    slow, soft = plan_of(recipes.ste("2:4", refresh=3)), plan_of(recipes.s_ste("2:4"))
+    frozen = plan_of(recipes.frozen("2:4"))
+    for plan, before in ((frozen, slow), (frozen, soft), (soft, slow)):
+        state = nmjax.init_state(params, before)
+        with pytest.raises(ValueError, match="block1.*of another recipe or phase"):
+            nmjax.sparsify_params(params, plan, state)
+        state = nmjax.next_state(params, plan, state, before)
+        nmjax.sparsify_params(params, plan, state)
+
+
 def test_prepared_masks_cannot_be_refreshed(params):
     plan = plan_params(params, RULES)
     nm = nmjax.prepare(params, plan, nmjax.init_state(params, plan))
