@@ -132,6 +132,8 @@ def train_step(
             accumulate,
             (state.batch_stats, zeros),
             (parts, jax.random.split(key, count)),
+            # XLA on CPU convolves five times slower within a loop (ResNet-8, measured).
+            unroll=phase.mesh.devices.flat[0].platform == "cpu",
         )
     grads = jax.tree.map(lambda g: g / (count * phase.config.loss_scale), grads)
 
