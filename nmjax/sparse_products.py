@@ -7,15 +7,23 @@ measured with `python -m pallas_kernels.bench --tune`, the product of the masked
 is dense. Both accumulate in float32 and round once. On a kernel a layer has gradients
 to any order in reverse mode, but no Hessian.
 
+On several devices XLA's partitioner cuts the product as it cuts a dense one
+(`partitioning.py`); whether a part is sparse is decided by its own sizes.
+
 The operand arrives masked, with zeros. It is compressed on the way: zeros lose every
 comparison of magnitudes, so what is compressed is what the dense product would read.
 """
 
+import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
 
+from nmjax.partitioning import partitioned
 from nmjax.pattern import NMPattern
 from nmjax.recipe import Recipe
 from pallas_kernels import compress_magnitude, nm_matmul
@@ -97,7 +105,10 @@ def sparse_product(
     transpose_lhs: bool = False,
     transpose_rhs: bool = False,
 ) -> jax.Array | None:
-    """`lhs · rhs` on a sparse tensor core; None where a dense product is to be made.
+    """`lhs · rhs` on a sparse tensor core; None where that cannot be.
+
+    On several devices each makes its own part of the product. It is dense where no
+    measurement says that a sparse one of the part's sizes is faster.
 
     Args:
       lhs: `(m, k)`; with `transpose_lhs` its transpose.
@@ -108,26 +119,76 @@ def sparse_product(
 
     Returns:
       `(m, n)` in the dtype of the operands, or None: the dtype has no instruction, 4
-      does not divide k, or no measurement of this device says that it is faster.
+      does not divide k, or the mesh has axes neither all Auto nor all Manual.
     """
-    m, k = lhs.shape[::-1] if transpose_lhs else lhs.shape
-    n = rhs.shape[0 if transpose_rhs else 1]
+    product = SparseProduct(sparse, transpose_lhs, transpose_rhs)
+    _, _, k = product.sizes(lhs, rhs)
     if lhs.dtype != rhs.dtype or lhs.dtype.name not in _DTYPES or k % 4:
         return None
-    on_right = sparse == "rhs"
-    # As `nm_matmul` makes it: the compressed operand is the instruction's A.
-    form = Form(b_is_kn=transpose_lhs or not on_right, out_is_nm=on_right)
-    sizes = (n, m, k) if on_right else (m, n, k)
-    device = this_device()
-    if judge(*sizes, dtype=lhs.dtype, form=form, device=device).name == "reference":
+    meshes = [jax.typeof(operand).sharding.mesh for operand in (lhs, rhs)]
+    axis_types = {axis_type for mesh in meshes for axis_type in mesh.axis_types}
+    if len(axis_types) > 1 or AxisType.Explicit in axis_types:
         return None
-    if on_right:
-        compressed = _compressed(rhs, -1 if transpose_rhs else -2)
-        right = compressed.T if transpose_rhs else compressed
-        return nm_matmul(lhs, right, transpose_dense=transpose_lhs)
-    compressed = _compressed(lhs, -2 if transpose_lhs else -1)
-    return nm_matmul(compressed.T if transpose_lhs else compressed, rhs)
+    return _product(product, lhs, rhs)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseProduct:
+    """`lhs · rhs` as one device makes it; the fields as of `sparse_product`."""
+
+    sparse: Literal["lhs", "rhs"]
+    transpose_lhs: bool
+    transpose_rhs: bool
+
+    def sizes(self, lhs: Any, rhs: Any) -> tuple[int, int, int]:
+        """m, n and k."""
+        m, k = lhs.shape[::-1] if self.transpose_lhs else lhs.shape
+        return m, rhs.shape[0 if self.transpose_rhs else 1], k
+
+    def is_faster(self, lhs: jax.Array, rhs: jax.Array) -> bool:
+        """Whether it was measured to be, on this device near these sizes."""
+        m, n, k = self.sizes(lhs, rhs)
+        on_right = self.sparse == "rhs"
+        # As `nm_matmul` makes it: the compressed operand is the instruction's A.
+        form = Form(b_is_kn=self.transpose_lhs or not on_right, out_is_nm=on_right)
+        sizes = (n, m, k) if on_right else (m, n, k)
+        choice = judge(*sizes, dtype=lhs.dtype, form=form, device=this_device())
+        return choice.name != "reference"
+
+    def dense(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        """The same product with the zeros in it."""
+        axes = ((0 if self.transpose_lhs else 1,), (1 if self.transpose_rhs else 0,))
+        return lax.dot_general(lhs, rhs, (axes, ((), ())))
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        """The product, sparse if that is faster."""
+        _, _, k = self.sizes(lhs, rhs)
+        if k % 4 or not self.is_faster(lhs, rhs):
+            return self.dense(lhs, rhs)
+        if self.sparse == "rhs":
+            compressed = _compressed(rhs, -1 if self.transpose_rhs else -2)
+            right = compressed.T if self.transpose_rhs else compressed
+            return nm_matmul(lhs, right, transpose_dense=self.transpose_lhs)
+        compressed = _compressed(lhs, -2 if self.transpose_lhs else -1)
+        return nm_matmul(compressed.T if self.transpose_lhs else compressed, rhs)
 
 
 def _compressed(x: jax.Array, axis: int):
     return compress_magnitude(x, axis=axis, dtype=x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(product: SparseProduct, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return partitioned(product, product.transpose_lhs, product.transpose_rhs)(lhs, rhs)
+
+
+def _product_fwd(product, lhs, rhs):
+    return _product(product, lhs, rhs), (lhs, rhs)
+
+
+def _product_bwd(product, operands, d_out):
+    _, vjp = jax.vjp(product.dense, *operands)
+    return vjp(d_out)
+
+
+_product.defvjp(_product_fwd, _product_bwd)

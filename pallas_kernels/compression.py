@@ -17,6 +17,8 @@ values of 16 bits,
     compress_transposable                 4.25           6.25  bytes
     a copy, to compare with               4              8     bytes
 
+On several devices they are called inside `jax.shard_map`, as `nm_matmul` is.
+
 How each of them reads and writes is in `compression_mosaic.py` and in `triton/`. None
 of them has run on a GPU yet.
 """

@@ -53,6 +53,10 @@ def nm_matmul(
     (not its dropped entries), by dense products. `jax.vmap` over the dense left-hand
     side flattens into its rows; over anything else it runs one product after another.
 
+    On several devices call it inside `jax.shard_map`, with each one's own part: where
+    XLA cuts a program by itself it cannot cut a kernel, gathers its operands, and every
+    device makes the whole product. (The layers of nmjax are cut.)
+
     Args:
       lhs: `(..., m, k)`; or compressed, one matrix `(m, k)` with `axis=-1`.
       rhs: `(k, n)`; or compressed, `(k, n)` with `axis=-2`. Exactly one side is

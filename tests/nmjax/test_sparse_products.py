@@ -8,6 +8,7 @@ import pytest
 
 import nmjax
 from nmjax import recipes, sparse_products
+from nmjax.partitioning import partitioned
 from pallas_kernels import matmul
 from pallas_kernels.dispatch import Choice
 
@@ -31,7 +32,9 @@ def products(monkeypatch):
     monkeypatch.setattr(sparse_products, "judge", judge)
     monkeypatch.setattr(sparse_products, "_is_measured", lambda: True)
     monkeypatch.setattr(matmul.dispatch, "choose", choose)
-    return asked
+    partitioned.cache_clear()  # and with it what is traced of its functions
+    yield asked
+    partitioned.cache_clear()
 
 
 def masked(x, axis):
@@ -157,5 +160,88 @@ def test_float32_and_ragged_products_stay_dense(products):
 
 def test_without_a_measurement_nothing_is_judged():
     assert not sparse_products.may_run_on_tensor_core(recipes.sr_ste("2:4"))
-    eight = jnp.ones((8, 8), jnp.bfloat16)
-    assert sparse_products.sparse_product(eight, eight, "rhs") is None
+
+
+def test_what_is_slower_is_dense(rng, products, monkeypatch):
+    monkeypatch.setattr(sparse_products, "judge", lambda *_, **__: Choice("reference"))
+    lhs, rhs = (
+        jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((T, K), (K, N))
+    )
+    out = sparse_products.sparse_product(lhs, rhs, "rhs")  # not masked: none may drop
+    np.testing.assert_array_equal(out, lhs @ rhs)
+
+
+def test_products_of_stacked_operands(rng, products):
+    lhs = jnp.asarray(rng.integers(-3, 4, (3, T, K)), jnp.bfloat16)
+    rhs = masked(jnp.asarray(rng.integers(-3, 4, (K, N)), jnp.bfloat16), -2)
+
+    def loss(lhs, rhs):
+        y = sparse_products.sparse_product(lhs, rhs, "rhs")
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    values = jax.vmap(loss, (0, None))(lhs, rhs)
+    grads = jax.vmap(jax.grad(loss), (0, None))(lhs, rhs)
+    for i, one in enumerate(lhs):
+        assert values[i] == loss(one, rhs)
+        np.testing.assert_array_equal(grads[i], jax.grad(loss)(one, rhs))
+
+
+@pytest.mark.parametrize("types", ["Explicit", "Manual and Auto"])
+def test_axes_that_cannot_be_cut_are_dense(products, types):
+    auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+    spec = jax.sharding.PartitionSpec
+    asked = []
+
+    def ask(lhs):
+        rhs = jnp.ones((K, N), jnp.bfloat16)
+        asked.append(sparse_products.sparse_product(lhs, rhs, "rhs"))
+        return lhs
+
+    lhs = jnp.ones((T, K), jnp.bfloat16)
+    if types == "Explicit":
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(explicit,))
+        with jax.set_mesh(mesh):
+            jax.jit(ask)(jax.device_put(lhs, spec("data")))
+    else:
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(auto, auto))
+        specs = {"in_specs": spec("data"), "out_specs": spec("data")}
+        jax.jit(jax.shard_map(ask, mesh=mesh, axis_names={"data"}, **specs))(lhs)
+    assert asked == [None]
+
+
+@pytest.mark.parametrize("name", ["transposable", "semi_sparse_activation"])
+def test_devices_share_the_products_of_a_layer(rng, products, name):
+    """Data parallel, by `jax.jit` alone; each device has half of the tokens."""
+    recipe = {
+        "transposable": recipes.transposable("2:4", refresh=1),
+        "semi_sparse_activation": recipes.semi_sparse_activation(),
+    }[name]
+    sizes = {
+        "transposable": [(N, T, K), (K, T, N)],
+        "semi_sparse_activation": [(T, N, K), (K, N, T)],
+    }[name]
+    halves = [tuple(n // 2 if n == T else n for n in size) for size in sizes]
+    axis_types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=axis_types)
+    spec = jax.sharding.PartitionSpec
+    x = jnp.asarray(rng.integers(-1, 2, (T, K)), jnp.bfloat16)
+    model = nmjax.sparsify(
+        nn.Dense(N, use_bias=False, dtype=jnp.bfloat16), [nmjax.Rule(".*", recipe)]
+    )
+    params = {"kernel": jnp.asarray(rng.integers(-1, 2, (K, N)), jnp.float32)}
+
+    @jax.jit
+    def gradients(params, x):
+        def loss(params, x):  # all of it is exact in bfloat16
+            y = model.apply({"params": params}, x)
+            return (y.astype(jnp.float32) ** 2).sum()
+
+        return jax.value_and_grad(loss, (0, 1))(params, x)
+
+    expected = gradients(params, x)
+    assert products == sizes
+    products.clear()
+    data = jax.sharding.NamedSharding(mesh, spec("data"))
+    actual = gradients(params, jax.device_put(x, data))
+    assert [size for size in products if size not in sizes] == halves
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)

@@ -118,7 +118,7 @@ def _process(arch: str) -> concurrent.futures.Executor:
 
 def _compile(function, arguments, target: Target) -> Compiled:
     topology = topologies.get_topology_desc(
-        "one", platform="cuda", topology="1x1x1", target_config=_config(target)
+        "one", platform="cuda", topology="1x1x1", target_config=target_config(target)
     )
     (device, *_) = topology.devices
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -173,7 +173,7 @@ def _dump_folder() -> Iterator[Path]:
                 del os.environ[name]
 
 
-def _config(target: Target) -> str:
+def target_config(target: Target) -> str:
     major, minor = target.capability
     features = "ACCELERATED_FEATURES" if target.architecture_specific else "NONE"
     return f"""

@@ -1,0 +1,102 @@
+"""A training step as XLA compiles it for two GPUs, with none there."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import nmjax
+from nmjax import recipes, sparse_products
+from nmjax.partitioning import partitioned
+from pallas_kernels import dispatch, implementations, ptx
+from pallas_kernels.dispatch import Choice
+from tests.pallas_kernels import ahead_of_time
+from tests.pallas_kernels.ahead_of_time import H200
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        ahead_of_time.missing() is not None, reason=str(ahead_of_time.missing())
+    ),
+    pytest.mark.skipif(
+        ptx.JAX_VERSION < ptx.AMPERE_SINCE, reason="compression in Mosaic needs it"
+    ),
+]
+
+BATCH, TOKENS, WIDTH = 4, 64, 256
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        h = nn.LayerNorm(dtype=jnp.bfloat16)(x)
+        return x + nn.Dense(WIDTH, dtype=jnp.bfloat16, name="mlp")(h), None
+
+
+class Blocks(nn.Module):
+    """Two blocks, scanned, each computed anew for the backward pass."""
+
+    @nn.compact
+    def __call__(self, x):
+        rngs = {"params": True, "nm": True}
+        blocks = nn.scan(
+            nn.remat(Block), variable_axes={"params": 0}, split_rngs=rngs, length=2
+        )
+        return blocks(name="blocks")(x, None)[0]
+
+
+def test_every_device_multiplies_its_own_tokens(monkeypatch):
+    """All three GEMMs of a layer are sparse, and only gradients are exchanged."""
+    topology = topologies.get_topology_desc(
+        "two",
+        platform="cuda",
+        topology="1x1x2",
+        target_config=ahead_of_time.target_config(H200),
+    )
+    for module in (sparse_products, dispatch):
+        monkeypatch.setattr(module, "judge", lambda *_, **__: Choice("sm90"))
+    monkeypatch.setattr(sparse_products, "_is_measured", lambda: True)
+    monkeypatch.setattr(implementations, "PROVEN_ON", {H200.name})
+    rules = [nmjax.Rule(".*", recipes.two_by_four(refresh=1))]
+    model = nmjax.sparsify(Blocks(), rules)
+
+    def step(params, x, key):
+        def loss(params):
+            return model.apply({"params": params}, x, rngs={"nm": key}).sum()
+
+        grads = jax.grad(loss)(params)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+
+    mesh = Mesh(np.array(topology.devices), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((BATCH, TOKENS, WIDTH), jnp.bfloat16)
+    key = jax.eval_shape(jax.random.key, 0)
+    params = jax.eval_shape(model.init, key, x)["params"]
+
+    def put(tree, *axes):
+        sharding = NamedSharding(mesh, P(*axes))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    partitioned.cache_clear()
+    with jax.default_device(topology.devices[0]):
+        traced = jax.jit(step).trace(put(params), put(x, "data"), put(key))
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        hlo = lowered.compile({"xla_gpu_autotune_level": 0}).as_text()
+    partitioned.cache_clear()
+
+    calls = re.findall(r"= (\S+|\(.*?\)) custom-call\(.*mosaic_gpu", hlo)
+    products = sorted(re.sub(r"\{.*", "", c) for c in calls if not c.startswith("("))
+    own = BATCH // 2 * TOKENS
+    fprop = dgrad = f"bf16[{own},{WIDTH}]"
+    assert products == sorted([fprop, dgrad, f"bf16[{WIDTH},{WIDTH}]"])
+    assert len(calls) == 2 * len(products), "each compresses its operand"
+    assert "all-reduce" in hlo
+    assert not re.search("all-gather|all-to-all|collective-permute", hlo)
+    assert not re.search(r"= bf16\S+ transpose\(", hlo), "operands lie as needed"
