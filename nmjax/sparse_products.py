@@ -105,10 +105,10 @@ def sparse_product(
     transpose_lhs: bool = False,
     transpose_rhs: bool = False,
 ) -> jax.Array | None:
-    """`lhs · rhs` on a sparse tensor core; None where that cannot be.
+    """`lhs · rhs` on a sparse tensor core; None where a dense product is to be made.
 
-    On several devices each makes its own part of the product. It is dense where no
-    measurement says that a sparse one of the part's sizes is faster.
+    Along Auto axes of a mesh each device makes its own part, whose sizes are known when
+    XLA has cut the product: then that part is sparse or dense.
 
     Args:
       lhs: `(m, k)`; with `transpose_lhs` its transpose.
@@ -119,7 +119,8 @@ def sparse_product(
 
     Returns:
       `(m, n)` in the dtype of the operands, or None: the dtype has no instruction, 4
-      does not divide k, or the mesh has axes neither all Auto nor all Manual.
+      does not divide k, no measurement of this device says that it is faster, or the
+      mesh has axes neither all Auto nor all Manual.
     """
     product = SparseProduct(sparse, transpose_lhs, transpose_rhs)
     _, _, k = product.sizes(lhs, rhs)
@@ -128,6 +129,8 @@ def sparse_product(
     meshes = [jax.typeof(operand).sharding.mesh for operand in (lhs, rhs)]
     axis_types = {axis_type for mesh in meshes for axis_type in mesh.axis_types}
     if len(axis_types) > 1 or AxisType.Explicit in axis_types:
+        return None
+    if AxisType.Auto not in axis_types and not product.is_faster(lhs, rhs):
         return None
     return _product(product, lhs, rhs)
 
