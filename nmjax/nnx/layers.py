@@ -121,7 +121,7 @@ class _SparseLayer(nnx.Module):
     @property
     def set_view(self) -> Callable[..., None]:
         """What `nnx.view(model, deterministic=True)` calls, where there is any."""
-        own = getattr(getattr(self, "nm_base", None), "set_view", None)
+        own = getattr(self.nm_base, "set_view", None)
         if own is not None:
             return functools.partial(own, self)
         if not self.nm_mode:

@@ -116,11 +116,19 @@ def _process(arch: str) -> concurrent.futures.Executor:
     return executor
 
 
-def _compile(function, arguments, target: Target) -> Compiled:
+def devices(target: Target, count: int = 1) -> list[jax.Device]:
+    """GPUs to compile for that are not there; of one kind in a process."""
     topology = topologies.get_topology_desc(
-        "one", platform="cuda", topology="1x1x1", target_config=target_config(target)
+        target.name,
+        platform="cuda",
+        topology=f"1x1x{count}",
+        target_config=_config(target),
     )
-    (device, *_) = topology.devices
+    return topology.devices
+
+
+def _compile(function, arguments, target: Target) -> Compiled:
+    (device,) = devices(target)
     sharding = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
@@ -173,7 +181,7 @@ def _dump_folder() -> Iterator[Path]:
                 del os.environ[name]
 
 
-def target_config(target: Target) -> str:
+def _config(target: Target) -> str:
     major, minor = target.capability
     features = "ACCELERATED_FEATURES" if target.architecture_specific else "NONE"
     return f"""

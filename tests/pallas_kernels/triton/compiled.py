@@ -38,6 +38,14 @@ class Compiled:
     launch: Launch
 
 
+def lower(function: Callable, *arrays: Any) -> Any:
+    """The function lowered for CUDA, its Triton kernels compiled."""
+    with warnings.catch_warnings():
+        # Of the coming default of FP fusion: no kernel has a product to fuse.
+        warnings.simplefilter("ignore")
+        return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
+
+
 def compile_launch(module: Any, case: Callable[[], Any], capability: int) -> Compiled:
     """The one kernel that `case` launches by `module.call`, for 80 or 90 ("sm_90")."""
     compiled = []
@@ -72,11 +80,7 @@ def _compile(kernel, arrays, out, options, capability: int) -> Compiled:
     launch = functools.partial(
         triton.call, kernel, out=out, compute_capability=capability, **options
     )
-    with warnings.catch_warnings():
-        # Of the coming default of FP fusion: no kernel has a product to fuse.
-        warnings.simplefilter("ignore")
-        traced = jax.jit(launch).trace(*arrays)
-        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    module = lower(launch, *arrays).compiler_ir("stablehlo")
     (call,) = _custom_calls(module.operation)
     name = "mhlo.backend_config"  # before jax-triton 0.4, "backend_config" held it
     if name in call.attributes:
