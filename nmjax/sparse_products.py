@@ -8,7 +8,7 @@ is dense. Both accumulate in float32 and round once. On a kernel a layer has gra
 to any order in reverse mode, but no Hessian.
 
 On several devices XLA's partitioner cuts the product as it cuts a dense one
-(`partitioning.py`); whether a part is sparse is decided by its own sizes.
+(`pallas_kernels.partitioning`); whether a part is sparse is decided by its own sizes.
 
 The operand arrives masked, with zeros. It is compressed on the way: zeros lose every
 comparison of magnitudes, so what is compressed is what the dense product would read.
@@ -23,13 +23,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
-from nmjax.partitioning import partitioned
 from nmjax.pattern import NMPattern
 from nmjax.recipe import Recipe
 from pallas_kernels import compress_magnitude, nm_matmul
 from pallas_kernels.devices import this_device
-from pallas_kernels.dispatch import judge
-from pallas_kernels.measurements import load
+from pallas_kernels.dispatch import is_measured, judge
+from pallas_kernels.partitioning import partitioned
 from pallas_kernels.reference import Form
 
 _PATTERN = NMPattern("2:4")  # that instructions multiply
@@ -38,7 +37,7 @@ _DTYPES = ("bfloat16", "float16")
 
 def may_run_on_tensor_core(recipe: Recipe) -> bool:
     """Whether a GEMM of this recipe can run on a sparse tensor core of this device."""
-    return recipe.pattern == _PATTERN and _is_measured()
+    return recipe.pattern == _PATTERN and is_measured()
 
 
 def on_tensor_core(
@@ -90,11 +89,6 @@ def _as_cotangent(d: jax.Array, primal: jax.Array) -> jax.Array:
     over, of = (jax.typeof(a).manual_axis_type.varying for a in (d, primal))
     summed = jax.lax.psum(d, tuple(over - of)) if over - of else d
     return summed.reshape(primal.shape)
-
-
-def _is_measured() -> bool:
-    device = this_device()
-    return device is not None and load(device.name) is not None
 
 
 def sparse_product(

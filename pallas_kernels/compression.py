@@ -17,7 +17,8 @@ values of 16 bits,
     compress_transposable                 4.25           6.25  bytes
     a copy, to compare with               4              8     bytes
 
-On several devices they are called inside `jax.shard_map`, as `nm_matmul` is.
+On several devices they are called inside `jax.shard_map`, with each one's part: where
+XLA cuts a program itself it gathers the matrix, and every device compresses all of it.
 
 How each of them reads and writes is in `compression_mosaic.py` and in `triton/`. None
 of them has run on a GPU yet.

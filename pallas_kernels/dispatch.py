@@ -58,6 +58,12 @@ def choose(a: NMCompressed, b: jax.Array, form: Form) -> Choice:
     return choice
 
 
+def is_measured() -> bool:
+    """Whether this device has measurements; without them every choice is dense."""
+    device = this_device()
+    return device is not None and measurements.load(device.name) is not None
+
+
 def judge(
     m: int, n: int, k: int, *, dtype: Any, form: Form, device: Device | None
 ) -> Choice:

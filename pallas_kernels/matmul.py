@@ -24,11 +24,13 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from pallas_kernels import dispatch, reference
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.dispatch import kernel as _kernel
 from pallas_kernels.format import NMCompressed
+from pallas_kernels.partitioning import Gemm, partitioned_gemm
 from pallas_kernels.reference import ACTIVATIONS, Activation, Form
 
 Implementation = Literal["sm80", "sm90", "sm100", "reference"]
@@ -53,9 +55,11 @@ def nm_matmul(
     (not its dropped entries), by dense products. `jax.vmap` over the dense left-hand
     side flattens into its rows; over anything else it runs one product after another.
 
-    On several devices call it inside `jax.shard_map`, with each one's own part: where
-    XLA cuts a program by itself it cannot cut a kernel, gathers its operands, and every
-    device makes the whole product. (The layers of nmjax are cut.)
+    On several devices XLA cuts a kernel's product as it cuts a dense one
+    (`partitioning.py`), the compressed side between whole metadata words, and each part
+    is chosen for by its own sizes; inside `jax.shard_map` it is called with a part. On
+    a mesh with Explicit axes, or with Manual and Auto ones, XLA cannot cut a kernel:
+    every device makes the whole product.
 
     Args:
       lhs: `(..., m, k)`; or compressed, one matrix `(m, k)` with `axis=-1`.
@@ -85,11 +89,7 @@ def nm_matmul(
     batch = b.shape[:-2]
     if batch:
         b = b.reshape(-1, b.shape[-1])
-    choice = _choose(implementation, a, b, form)
-    gemm = functools.partial(_kernel_gemm, choice)
-    if choice.name == "reference":
-        gemm = reference.gemm
-    out: jax.Array = gemm(a, b, bias, form)
+    out: jax.Array = _product(implementation, a, b, bias, form)
     return out.reshape(*batch, -1, out.shape[-1]) if batch else out
 
 
@@ -151,6 +151,18 @@ def _canonical(lhs, rhs, bias, activation, transpose_dense, transpose_out, out_d
     return a, b, form
 
 
+def _product(implementation, a: NMCompressed, b, bias, form: Form) -> Any:
+    """The reference, which XLA cuts and derives itself, or a kernel."""
+    meshes = [jax.typeof(operand).sharding.mesh for operand in (a.values, b)]
+    axis_types = {axis_type for mesh in meshes for axis_type in mesh.axis_types}
+    of_parts = implementation is None and axis_types == {AxisType.Auto}
+    if not (of_parts and dispatch.is_measured()):
+        if _choose(implementation, a, b, form).name == "reference":
+            return reference.gemm(a, b, bias, form)
+    is_cut = axis_types <= {AxisType.Auto}
+    return _derived(implementation, is_cut, a, b, bias, form)
+
+
 def _choose(implementation, a: NMCompressed, b, form: Form) -> Choice:
     """What runs; raises where a name that was asked for cannot."""
     if implementation is None:
@@ -174,26 +186,44 @@ def _say_once(message: str) -> None:
     _LOGGER.info("nm_matmul: %s", message)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def _kernel_gemm(choice: Choice, a: NMCompressed, b, bias, form: Form) -> Any:
-    """A kernel's gemm with the derivatives and the batching rule of `nm_matmul`."""
-    gemm = functools.partial(_kernel(choice.name).gemm, form=form)
-    if choice.config is not None:
-        gemm = functools.partial(gemm, config=choice.config)
-    return _batched(gemm, form)(a, b, bias)
+@functools.cache
+def _gemm(implementation: Implementation | None) -> Gemm:
+    """`reference.gemm` by what is chosen for the operands."""
+
+    def gemm(a: NMCompressed, b, bias, form: Form) -> Any:
+        choice = _choose(implementation, a, b, form)
+        if choice.name == "reference":
+            return reference.gemm(a, b, bias, form)
+        config = {} if choice.config is None else {"config": choice.config}
+        return _kernel(choice.name).gemm(a, b, bias, form, **config)
+
+    return gemm
 
 
-def _fwd(choice, a, b, bias, form):
-    return _kernel_gemm(choice, a, b, bias, form), (a, b, bias)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 5))
+def _derived(implementation, is_cut: bool, a: NMCompressed, b, bias, form: Form) -> Any:
+    """The product with the derivatives and the batching rule of `nm_matmul`."""
+    gemm = _gemm(implementation)
+
+    def product(a, b, bias):
+        if is_cut:
+            return partitioned_gemm(gemm, a, b, bias, form)
+        return gemm(a, b, bias, form)
+
+    return _batched(product, form)(a, b, bias)
 
 
-def _bwd(choice, form, residuals, d_out):
-    del choice
+def _fwd(implementation, is_cut, a, b, bias, form):
+    return _derived(implementation, is_cut, a, b, bias, form), (a, b, bias)
+
+
+def _bwd(implementation, is_cut, form, residuals, d_out):
+    del implementation, is_cut
     _, vjp = jax.vjp(lambda a, b, bias: reference.gemm(a, b, bias, form), *residuals)
     return vjp(d_out)
 
 
-_kernel_gemm.defvjp(_fwd, _bwd)
+_derived.defvjp(_fwd, _bwd)
 
 
 def _batched(gemm: Callable, form: Form) -> Callable:

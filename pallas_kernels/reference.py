@@ -74,8 +74,13 @@ def gemm(
     out = lax.dot_general(
         *operands, (contract, ((), ())), preferred_element_type=accumulator
     )
+    return epilogue(out, bias, form)
+
+
+def epilogue(out: jax.Array, bias: jax.Array | None, form: Form) -> jax.Array:
+    """`act(out + bias)` in `form.out_dtype`, from the accumulated product."""
     if bias is not None:
-        bias = bias.astype(accumulator)
+        bias = bias.astype(out.dtype)
         along_last = form.bias_along_m == form.out_is_nm
         out += bias[None, :] if along_last else bias[:, None]
     return ACTIVATIONS[form.activation](out).astype(form.out_dtype)

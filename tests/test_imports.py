@@ -22,7 +22,6 @@ LAYERS = [
         "nmjax.patches",
         "nmjax.pattern",
         "nmjax.models",
-        "nmjax.partitioning",
     },
     {"nmjax.masks", "nmjax.sampling", "nmjax.schedule"},
     {"nmjax.estimators", "nmjax.tokens", "nmjax.recipe"},

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 import nmjax
 from nmjax import recipes, sparse_products
-from nmjax.partitioning import partitioned
 from pallas_kernels import dispatch, implementations, ptx
 from pallas_kernels.dispatch import Choice
+from pallas_kernels.partitioning import partitioned
 from tests.pallas_kernels import ahead_of_time
 from tests.pallas_kernels.ahead_of_time import H200
 
@@ -55,7 +55,7 @@ def test_every_device_multiplies_its_own_tokens(monkeypatch):
     devices = ahead_of_time.devices(H200, 2)
     for module in (sparse_products, dispatch):
         monkeypatch.setattr(module, "judge", lambda *_, **__: Choice("sm90"))
-    monkeypatch.setattr(sparse_products, "_is_measured", lambda: True)
+    monkeypatch.setattr(sparse_products, "is_measured", lambda: True)
     monkeypatch.setattr(implementations, "PROVEN_ON", {H200.name})
     rules = [nmjax.Rule(".*", recipes.two_by_four(refresh=1))]
     model = nmjax.sparsify(Blocks(), rules)

@@ -8,9 +8,9 @@ import pytest
 
 import nmjax
 from nmjax import recipes, sparse_products
-from nmjax.partitioning import partitioned
 from pallas_kernels import matmul
 from pallas_kernels.dispatch import Choice
+from pallas_kernels.partitioning import partitioned
 
 T, K, N = 16, 32, 24
 
@@ -31,7 +31,7 @@ def products(monkeypatch):
         return Choice("reference")
 
     monkeypatch.setattr(sparse_products, "judge", judge)
-    monkeypatch.setattr(sparse_products, "_is_measured", lambda: True)
+    monkeypatch.setattr(sparse_products, "is_measured", lambda: True)
     monkeypatch.setattr(matmul.dispatch, "choose", choose)
     partitioned.cache_clear()  # and with it what is traced of its functions
     yield asked
@@ -114,7 +114,7 @@ def test_a_layer_runs_each_sparse_gemm_there(rng, products, recipe, sizes, layer
     grads = jax.grad(loss, (0, 1))(variables["params"], x)
     assert products == sizes
     with pytest.MonkeyPatch.context() as dense:
-        dense.setattr(sparse_products, "_is_measured", lambda: False)
+        dense.setattr(sparse_products, "is_measured", lambda: False)
         expected = jax.grad(loss, (0, 1))(variables["params"], x)
     assert products == sizes
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
@@ -146,7 +146,7 @@ def test_gradients_sum_over_devices_inside_shard_map(rng, products, monkeypatch,
     )
     actual = jax.grad(loss, (0, 1))(x, w)
     assert len(products) == 2
-    monkeypatch.setattr(sparse_products, "_is_measured", lambda: False)
+    monkeypatch.setattr(sparse_products, "is_measured", lambda: False)
     expected = jax.grad(loss, (0, 1))(x, w)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 

@@ -13,6 +13,7 @@ from pallas_kernels import (
     NMCompressed,
     compress,
     decompress,
+    dispatch,
     matmul,
     nm_matmul,
     reference,
@@ -211,6 +212,43 @@ def test_inside_shard_map_on_the_local_shard(rng, implementation):
         out_specs=spec("d"),
     )(x, w)
     np.testing.assert_allclose(out, x @ decompress(w), atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sm90", None])
+def test_devices_share_the_tokens(rng, monkeypatch, implementation):
+    """Each chooses by what it has: here a kernel for parts of 32 tokens and no more."""
+    parts = []
+
+    def gemm(a, b, bias, form, **_):
+        parts.append(reference.sizes(a, b, form))
+        return reference.gemm(a, b, bias, form)
+
+    def judge(m, n, k, **_):
+        return dispatch.Choice("sm90" if n <= 32 else "reference")
+
+    fake = types.SimpleNamespace(gemm=gemm, unavailable=lambda *_: None)
+    monkeypatch.setattr(matmul, "_kernel", lambda name: fake)
+    monkeypatch.setattr(dispatch, "kernel", lambda name: fake)
+    monkeypatch.setattr(dispatch, "judge", judge)
+    monkeypatch.setattr(dispatch, "is_measured", lambda: True)
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x, w = normal(rng, 8, 16, K), normal(rng, K, N)
+    w24 = compressed(w, -2)
+
+    @jax.jit
+    def loss(x, w24):
+        out = nm_matmul(x, w24, activation="relu", implementation=implementation)
+        return jnp.square(out).sum()
+
+    gradient = jax.grad(loss)
+    local = gradient(x, w24)
+    del parts[:]
+    np.testing.assert_allclose(
+        gradient(jax.device_put(x, sharding), w24), local, atol=1e-4
+    )
+    assert parts[-1] == (N, 32, K)
 
 
 def test_one_trace_under_jit(rng):
