@@ -186,7 +186,6 @@ def _say_once(message: str) -> None:
     _LOGGER.info("nm_matmul: %s", message)
 
 
-@functools.cache
 def _gemm(implementation: Implementation | None) -> Gemm:
     """`reference.gemm` by what is chosen for the operands."""
 

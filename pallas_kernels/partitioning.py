@@ -102,32 +102,27 @@ def partitioned_gemm(
     sums over devices are of float32 products, before bias and activation.
 
     Args:
-      gemm: A hashable function, as `reference.gemm`, of each device's part.
+      gemm: As `reference.gemm`, of each device's part.
       a: Operand A, one 2:4 matrix, `axis=-1`.
       b: Operand B.
       bias: None, or a vector.
       form: The layouts of B and D, the activation, the dtype of D.
     """
-    operands = (b, a.values, a.metadata) + (() if bias is None else (bias,))
-    return _cut_gemm(gemm, form, bias is not None)(*operands)
+    rule = ("k n" if form.b_is_kn else "n k") + ", m h, r w"
+    if bias is not None:
+        rule += ", m" if form.bias_along_m else ", n"
 
-
-@functools.cache
-def _cut_gemm(gemm: Gemm, form: Form, has_bias: bool) -> Callable:
     def whole(b, values, metadata, *bias):
         a = NMCompressed(values, metadata, axis=-1)
         return gemm(a, b, bias[0] if bias else None, form)
 
     cut = custom_partitioning(whole)
-    rule = ("k n" if form.b_is_kn else "n k") + ", m h, r w"
-    if has_bias:
-        rule += ", m" if form.bias_along_m else ", n"
     cut.def_partition(
         functools.partial(_parts_of_gemm, gemm, form),
         sharding_rule=f"{rule} -> " + ("n m" if form.out_is_nm else "m n"),
         reduction_factors=("k", "h", "r", "w"),  # in the order of the rule
     )
-    return cut
+    return cut(b, a.values, a.metadata, *(() if bias is None else (bias,)))
 
 
 def _parts_of_gemm(gemm, form: Form, mesh, operands, result):

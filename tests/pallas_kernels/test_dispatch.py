@@ -144,7 +144,7 @@ def test_nm_matmul_runs_the_measured_kernel_with_its_config(tuned, monkeypatch, 
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         out = jax.jit(nm_matmul)(x, w24)
         jax.grad(lambda x: nm_matmul(x, w24).astype("float32").sum())(x)
-    assert ran == [CONFIG, CONFIG]
+    assert len(ran) == 2 and set(ran) == {CONFIG}
     assert len(caplog.records) == 1 and "sm90 was measured at 1.50x" in caplog.text
     expected = x.astype("float32") @ decompress(w24).astype("float32")
     np.testing.assert_allclose(out.astype("float32"), expected, atol=0.1)
