@@ -46,6 +46,10 @@ class Gemm(Protocol):
         """x and w as two matrices whose product this is, if it is that."""
         ...
 
+    def out_shape(self, x: jax.Array, w: jax.Array) -> tuple[int, ...]:
+        """The shape of the product."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
@@ -162,8 +166,32 @@ class Conv:
             preferred_element_type=self.preferred_element_type,
         )
 
-    def matrices(self, x: jax.Array, w: jax.Array) -> None:
-        """No product of two matrices: there is no kernel of a convolution."""
+    def matrices(
+        self, x: jax.Array, w: jax.Array
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """x as (positions, channels), w as (channels, features), of a pointwise one.
+
+        That is a window of one position that moves by one: 44 % of the operations of
+        ResNet-50. There is no kernel of other convolutions.
+        """
+        count = x.ndim - 2
+        numbers = lax.conv_dimension_numbers(x.shape, w.shape, self.dimension_numbers)
+        last = (0, x.ndim - 1, *range(1, x.ndim - 1))  # (batch, *space, channels)
+        plain = (
+            numbers.lhs_spec == numbers.out_spec == last
+            and numbers.rhs_spec == (x.ndim - 1, x.ndim - 2, *range(count))
+            and w.shape[:count] == self.strides == (1,) * count
+            and (isinstance(self.padding, str) or {*sum(self.padding, ())} == {0})
+            and self.lhs_dilation in (None, (1,) * count)
+            and self.feature_group_count == self.batch_group_count == 1
+            and self.precision is None
+            and self.preferred_element_type in (None, x.dtype)
+        )
+        return (x.reshape(-1, x.shape[-1]), w.reshape(w.shape[-2:])) if plain else None
+
+    def out_shape(self, x: jax.Array, w: jax.Array) -> tuple[int, ...]:
+        """The shape of `gemm(x, w)`."""
+        return jax.eval_shape(self, x, w).shape
 
     def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
         """`dy` after a change of its matrix `(tokens, features)`."""

@@ -1,11 +1,12 @@
 """A layer's matrix products on sparse tensor cores, where that was measured faster.
 
-A GEMM of which one operand is 2:4 along the axis that it contracts can run on the
-kernels of `pallas_kernels`. It does where `pallas_kernels.dispatch` knows a measurement
-of this device that says so; elsewhere, and that is everywhere until a device was
-measured with `python -m pallas_kernels.bench --tune`, the product of the masked operand
-is dense. Both accumulate in float32 and round once. On a kernel a layer has gradients
-to any order in reverse mode, but no Hessian.
+A GEMM of which one operand is 2:4 along the axis that it contracts, a pointwise
+convolution's too, can run on the kernels of `pallas_kernels`. It does where
+`pallas_kernels.dispatch` knows a measurement of this device that says so; elsewhere,
+and that is everywhere until a device was measured with `python -m pallas_kernels.bench
+--tune`, the product of the masked operand is dense. Both accumulate in float32 and
+round once. On a kernel a layer has gradients to any order in reverse mode, but no
+Hessian.
 
 On several devices XLA's partitioner cuts the product as it cuts a dense one
 (`pallas_kernels.partitioning`); whether a part is sparse is decided by its own sizes.

@@ -122,6 +122,45 @@ def test_a_layer_runs_each_sparse_gemm_there(rng, products, recipe, sizes, layer
         np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
 
 
+@pytest.mark.parametrize(
+    "window, options, sizes",
+    [
+        ((1, 1), {}, [(N, T, K), (K, T, N)]),
+        ((1,), {"padding": "VALID"}, [(N, T, K), (K, T, N)]),
+        ((1, 1), {"padding": ((0, 0), (0, 0))}, [(N, T, K), (K, T, N)]),
+        ((1, 1), {"padding": 1}, []),
+        ((1, 1), {"strides": (1, 2)}, []),
+        ((1, 1), {"input_dilation": (2, 1), "padding": 0}, []),
+        ((1, 3), {}, []),
+        ((1, 1), {"feature_group_count": 2}, []),
+    ],
+    ids=str,
+)
+def test_a_pointwise_convolution_is_a_product_of_matrices(
+    rng, products, window, options, sizes
+):
+    layer = nn.Conv(N, window, use_bias=False, dtype=jnp.bfloat16, **options)
+    rules = [nmjax.Rule(".*", recipes.transposable("2:4", refresh=1))]
+    model = nmjax.sparsify(layer, rules)
+    space = (4, T // 8) if len(window) == 2 else (T // 2,)
+    x = jnp.asarray(rng.standard_normal((2, *space, K)), jnp.bfloat16)
+    params = model.init(jax.random.key(0), x)["params"]
+    products.clear()
+
+    def loss(params, x):
+        out = model.apply({"params": params}, x)
+        return out.astype(jnp.float32).sum(), out
+
+    grads = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+    assert products == sizes
+    with pytest.MonkeyPatch.context() as dense:
+        dense.setattr(sparse_products, "is_measured", lambda: False)
+        expected = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["transposable", "semi_sparse_activation"])
 def test_gradients_sum_over_devices_inside_shard_map(rng, products, monkeypatch, name):
