@@ -155,8 +155,13 @@ def _product(implementation, a: NMCompressed, b, bias, form: Form) -> Any:
     """The reference, which XLA cuts and derives itself, or a kernel."""
     meshes = [jax.typeof(operand).sharding.mesh for operand in (a.values, b)]
     axis_types = {axis_type for mesh in meshes for axis_type in mesh.axis_types}
-    of_parts = implementation is None and axis_types == {AxisType.Auto}
-    if not (of_parts and dispatch.is_measured()):
+    each_part_chooses = (
+        implementation is None
+        and axis_types == {AxisType.Auto}
+        and dispatch.is_measured()
+        and reference.unsupported(a, b, form) is None
+    )
+    if not each_part_chooses:
         if _choose(implementation, a, b, form).name == "reference":
             return reference.gemm(a, b, bias, form)
     is_cut = axis_types <= {AxisType.Auto}
