@@ -14,8 +14,9 @@ from tests.foreign import MODELS, draw, nnx_models
 # Compiling is nearly all of the time here, and speed of the result is none of it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-# The same blocks as in others, lifted in other ways or more of them.
-SLOW = {
+# The same blocks as in others, lifted in other ways or more of them: with sparse layers
+# (`test_swap.py` and its like in nnx) they run often enough.
+LIKE_OTHERS = {
     "linen_ensemble",
     "linen_resnet",
     "linen_rnn",
@@ -29,11 +30,11 @@ SLOW = {
 }
 
 
-def cases(api):
+def names(api):
     return [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        name
         for name, entry in MODELS.items()
-        if entry.api == api
+        if entry.api == api and name not in LIKE_OTHERS
     ]
 
 
@@ -55,7 +56,7 @@ def assert_finite(tree):
         assert np.all(np.isfinite(leaf)), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("name", cases("linen"))
+@pytest.mark.parametrize("name", names("linen"))
 def test_a_linen_model_evaluates_and_trains(name):
     entry = MODELS[name]
     model, variables, inputs = entry.build(), entry.variables(), entry.inputs()
@@ -86,7 +87,7 @@ def test_a_linen_model_evaluates_and_trains(name):
         assert np.any(flat[f"{path}/kernel"]), path
 
 
-@pytest.mark.parametrize("name", cases("nnx"))
+@pytest.mark.parametrize("name", names("nnx"))
 def test_an_nnx_model_evaluates_and_trains(name):
     entry = MODELS[name]
     model, inputs = entry.build(), entry.inputs()
@@ -110,19 +111,6 @@ def test_an_nnx_model_evaluates_and_trains(name):
     flat = {"/".join(map(str, p)): g[...] for p, g in nnx.to_flat_state(grads)}
     for path in entry.layers:
         assert np.any(flat[f"{path}/kernel"]), path
-
-
-@pytest.mark.slow  # compiles every initialiser
-@pytest.mark.parametrize("name", MODELS)
-def test_the_models_own_initialisers_run(name):
-    entry = MODELS[name]
-    if entry.api == "linen":
-        init = functools.partial(entry.build().init, **entry.kwargs)
-        values = jit(init)(jax.random.key(0), *entry.inputs())
-    else:
-        init = jit(lambda: nnx.state(entry.make(rngs=nnx.Rngs(0)), nnx.Param))
-        values = init()
-    assert_finite(values)
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,30 @@ class Compiled:
     """What came out of one kernel."""
 
     ptx: str
-    report: str  # of ptxas -v
-    sass: str | None  # machine code; None without nvdisasm
     host: str  # LLVM of the function that launches it; jax 0.10 does not show it
+    arch: str
+
+    @functools.cached_property
+    def _assembled(self) -> tuple[str, str | None]:
+        """The report of ptxas -v, and machine code; None without nvdisasm."""
+        with tempfile.TemporaryDirectory() as folder:
+            path, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+            path.write_text(self.ptx)
+            report = subprocess.run(
+                [find_binary("ptxas"), "-v", f"-arch={self.arch}", path, "-o", cubin],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stderr
+            if not (disassembler := find_binary("nvdisasm")):
+                return report, None
+            sass = subprocess.run(
+                [disassembler, "-c", cubin], check=True, capture_output=True, text=True
+            ).stdout
+        return report, sass
+
+    report = property(lambda self: self._assembled[0])
+    sass = property(lambda self: self._assembled[1])
 
     def spilled_bytes(self) -> int:
         """Bytes of registers spilled to memory, stores and loads."""
@@ -137,20 +158,8 @@ def _compile(function, arguments, target: Target) -> Compiled:
         lowered = jax.jit(function).trace(*arguments)
         lowered.lower(lowering_platforms=("cuda",)).compile()
         (path,) = folder.glob("*.ptx")
-        cubin = folder / "kernel.cubin"
-        report = subprocess.run(
-            [find_binary("ptxas"), "-v", f"-arch={target.arch}", path, "-o", cubin],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stderr
-        sass = None
-        if disassembler := find_binary("nvdisasm"):
-            sass = subprocess.run(
-                [disassembler, "-c", cubin], check=True, capture_output=True, text=True
-            ).stdout
         host = "".join(llvm.read_text() for llvm in folder.glob("*.ll"))
-        return Compiled(path.read_text(), report, sass, host)
+        return Compiled(path.read_text(), host, target.arch)
 
 
 def find_binary(name: str) -> str | None:

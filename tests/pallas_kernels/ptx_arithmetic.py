@@ -5,24 +5,26 @@ modifiers and kind are the words of the opcode after its name, the kind being th
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from tests.pallas_kernels import emulator
 
-DTYPES: dict[str, Any] = {
-    **{kind + "16": np.uint16 for kind in "bu"},
-    **{kind + "32": np.uint32 for kind in "bu"},
-    **{kind + "64": np.uint64 for kind in "bu"},
-    "s16": np.int16,
-    "s32": np.int32,
-    "s64": np.int64,
-    "f16": np.float16,
-    "bf16": ml_dtypes.bfloat16,
-    "f32": np.float32,
-    "pred": np.bool_,
+DTYPES: dict[str, np.dtype] = {
+    kind: np.dtype(dtype)
+    for kind, dtype in {
+        **{kind + "16": np.uint16 for kind in "bu"},
+        **{kind + "32": np.uint32 for kind in "bu"},
+        **{kind + "64": np.uint64 for kind in "bu"},
+        "s16": np.int16,
+        "s32": np.int32,
+        "s64": np.int64,
+        "f16": np.float16,
+        "bf16": ml_dtypes.bfloat16,
+        "f32": np.float32,
+        "pred": np.bool_,
+    }.items()
 }
 
 

@@ -85,13 +85,14 @@ class Machine:
     def run(self) -> None:
         """Runs all blocks; results are in `buffers`."""
         warps = [warp for block in self.blocks for warp in block.warps]
-        while live := [warp for warp in warps if not warp.done]:
-            self.random.shuffle(live)
-            moved = sum(self._run_warp(warp) for warp in live)
-            if self.arriving and (not moved or self.random.random() < 0.5):
-                self.arriving.pop(self.random.integers(len(self.arriving)))()
-            else:
-                assert moved, "deadlock: " + self._where(live)
+        with np.errstate(all="ignore"):
+            while live := [warp for warp in warps if not warp.done]:
+                self.random.shuffle(live)
+                moved = sum(self._run_warp(warp) for warp in live)
+                if self.arriving and (not moved or self.random.random() < 0.5):
+                    self.arriving.pop(self.random.integers(len(self.arriving)))()
+                else:
+                    assert moved, "deadlock: " + self._where(live)
         assert not self.arriving, "a copy to shared memory that nobody waited for"
 
     def _where(self, warps: list[Warp]) -> str:
@@ -106,26 +107,25 @@ class Machine:
         moved = 0
         while not warp.done:
             at = int(warp.at.min())
-            here = warp.at == at
+            here = active = warp.at == at
             instruction = self.program[at]
-            active = here
             if instruction.guard:
                 active = here & (
                     warp.registers[instruction.guard] ^ instruction.negated
                 )
-            name = instruction.opcode.split(".")[0]
+            name = instruction.name
             try:
-                run = getattr(self, "_" + name, None) or ELEMENTWISE[name]
                 if name in ELEMENTWISE:
-                    self._elementwise(warp, instruction, active)
-                    outcome = None
-                elif name in ("bra", "ret"):
+                    run = self._elementwise
+                else:
+                    run = getattr(self, "_" + name)
+                if name in ("bra", "ret"):
                     outcome = run(warp, instruction, active, here)
                     moved += 1
                     continue
                 else:
                     outcome = run(warp, instruction, active)
-            except (AssertionError, KeyError, IndexError) as error:
+            except (AssertionError, AttributeError, KeyError, IndexError) as error:
                 error.add_note(
                     f"at {instruction}, block {warp.block.index}, warp {warp.number}"
                 )
@@ -141,18 +141,19 @@ class Machine:
     def value(self, warp: Warp, operand: Any, kind: str) -> np.ndarray:
         """An operand of each thread; of two elements a register where the kind says."""
         if kind.endswith("x2"):
-            element = np.dtype(DTYPES[kind[:-2]])
+            element = DTYPES[kind[:-2]]
             pairs = self.value(warp, operand, f"b{16 * element.itemsize}")
             return pairs.reshape(32, 1).view(element)
-        dtype = np.dtype(DTYPES[kind])
-        if isinstance(operand, str) and re.fullmatch(r"%(r|rd|rs)\d+", operand):
-            if operand not in warp.registers:
+        dtype = DTYPES[kind]
+        if isinstance(operand, str):
+            found = warp.registers.get(operand)
+            if found is None and re.fullmatch(r"%(r|rd|rs)\d+", operand):
                 garbage = self.random.bytes(32 * dtype.itemsize)
-                warp.registers[operand] = np.frombuffer(garbage, f"u{dtype.itemsize}")
-        if isinstance(operand, str) and operand in warp.registers:
-            found = warp.registers[operand]
-            assert found.itemsize == dtype.itemsize, (operand, kind)
-            return found.view(dtype)
+                found = np.frombuffer(garbage, f"u{dtype.itemsize}")
+                warp.registers[operand] = found
+            if found is not None:
+                assert found.itemsize == dtype.itemsize, (operand, kind)
+                return found.view(dtype)
         if isinstance(operand, str):
             operand = self._special(warp, operand)
         if isinstance(operand, np.ndarray):
@@ -205,8 +206,9 @@ class Machine:
             values = found.view(f"i{found.itemsize}")
         else:
             values = self.value(warp, operand, "s64")
-        assert (values[active] == values[active][0]).all(), f"{operand} differs"
-        return int(values[active][0])
+        values = values[active]
+        assert (values == values[0]).all(), f"{operand} differs"
+        return int(values[0])
 
     # Data movement
 
@@ -235,7 +237,7 @@ class Machine:
         """Bytes of each thread's access, and its address: (threads, bytes) each."""
         addresses = self.addresses(warp, operand)[active]
         count = int((re.findall(r"\.v(\d)\b", instruction.opcode) or [1])[0])
-        size = count * np.dtype(DTYPES[instruction.kind]).itemsize
+        size = count * DTYPES[instruction.kind].itemsize
         assert not (addresses % size).any(), "misaligned address"
         return addresses[:, None] + np.arange(size), count
 
@@ -631,8 +633,7 @@ class Machine:
     def _elementwise(self, warp, instruction, active):
         target, *operands = instruction.operands
         name, *modifiers, kind = instruction.opcode.split(".")
-        with np.errstate(all="ignore"):
-            result = ELEMENTWISE[name](self, warp, modifiers, kind, operands)
+        result = ELEMENTWISE[name](self, warp, modifiers, kind, operands)
         if isinstance(target, list):  # predicates, one for each element of a pair
             for one, column in zip(target, result.T, strict=True):
                 self.assign(warp, one, column, active)

@@ -1,6 +1,7 @@
 """The text of a kernel's PTX as instructions (PTX ISA, "Syntax")."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,12 @@ class Instruction:
     guard: str | None
     negated: bool
 
-    @property
+    @functools.cached_property
+    def name(self) -> str:
+        """The first word of the opcode."""
+        return self.opcode.split(".", 1)[0]
+
+    @functools.cached_property
     def kind(self) -> str:
         """The last type in the opcode."""
         return self.opcode.rsplit(".", 1)[1]
