@@ -46,10 +46,6 @@ class Gemm(Protocol):
         """x and w as two matrices whose product this is, if it is that."""
         ...
 
-    def out_shape(self, x: jax.Array, w: jax.Array) -> tuple[int, ...]:
-        """The shape of the product."""
-        ...
-
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
@@ -86,10 +82,6 @@ class Dot:
             return None
         k = math.prod(w.shape[:count])
         return x.reshape(-1, k), w.reshape(k, -1)
-
-    def out_shape(self, x: jax.Array, w: jax.Array) -> tuple[int, ...]:
-        """The shape of `gemm(x, w)`."""
-        return jax.eval_shape(self, x, w).shape
 
     def on_tokens(self, change: OnRows, x: jax.Array) -> jax.Array:
         """`x` after a change of its matrices `(…, tokens, features)`."""
@@ -188,10 +180,6 @@ class Conv:
             and self.preferred_element_type in (None, x.dtype)
         )
         return (x.reshape(-1, x.shape[-1]), w.reshape(w.shape[-2:])) if plain else None
-
-    def out_shape(self, x: jax.Array, w: jax.Array) -> tuple[int, ...]:
-        """The shape of `gemm(x, w)`."""
-        return jax.eval_shape(self, x, w).shape
 
     def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
         """`dy` after a change of its matrix `(tokens, features)`."""

@@ -76,7 +76,7 @@ def on_tensor_core(
     x2, w2 = matrices
     if name == "fprop":
         y = sparse_product(x2, w2, "rhs" if operand == "weight" else "lhs")
-        return None if y is None else y.reshape(gemm.out_shape(x, w))
+        return None if y is None else y.reshape(jax.eval_shape(gemm, x, w).shape)
     dy2 = jnp.reshape(dy, (-1, w2.shape[1]))
     if name == "dgrad":
         dx = sparse_product(dy2, w2, "rhs", transpose_rhs=True)
