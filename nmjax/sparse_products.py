@@ -29,7 +29,7 @@ from nmjax.recipe import Recipe
 from pallas_kernels import compress_magnitude, nm_matmul
 from pallas_kernels.devices import this_device
 from pallas_kernels.dispatch import is_measured, judge
-from pallas_kernels.partitioning import partitioned
+from pallas_kernels.partitioning import axis_types, partitioned
 from pallas_kernels.reference import Form
 
 _PATTERN = NMPattern("2:4")  # that instructions multiply
@@ -121,11 +121,10 @@ def sparse_product(
     _, _, k = product.sizes(lhs, rhs)
     if lhs.dtype != rhs.dtype or lhs.dtype.name not in _DTYPES or k % 4:
         return None
-    meshes = [jax.typeof(operand).sharding.mesh for operand in (lhs, rhs)]
-    axis_types = {axis_type for mesh in meshes for axis_type in mesh.axis_types}
-    if len(axis_types) > 1 or AxisType.Explicit in axis_types:
+    of_mesh = axis_types(lhs, rhs)
+    if len(of_mesh) > 1 or AxisType.Explicit in of_mesh:
         return None
-    if AxisType.Auto not in axis_types and not product.is_faster(lhs, rhs):
+    if AxisType.Auto not in of_mesh and not product.is_faster(lhs, rhs):
         return None
     return _product(product, lhs, rhs)
 

@@ -30,7 +30,7 @@ from pallas_kernels import dispatch, reference
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.dispatch import kernel as _kernel
 from pallas_kernels.format import NMCompressed
-from pallas_kernels.partitioning import Gemm, partitioned_gemm
+from pallas_kernels.partitioning import axis_types, partitioned_gemm
 from pallas_kernels.reference import ACTIVATIONS, Activation, Form
 
 Implementation = Literal["sm80", "sm90", "sm100", "reference"]
@@ -153,18 +153,17 @@ def _canonical(lhs, rhs, bias, activation, transpose_dense, transpose_out, out_d
 
 def _product(implementation, a: NMCompressed, b, bias, form: Form) -> Any:
     """The reference, which XLA cuts and derives itself, or a kernel."""
-    meshes = [jax.typeof(operand).sharding.mesh for operand in (a.values, b)]
-    axis_types = {axis_type for mesh in meshes for axis_type in mesh.axis_types}
+    of_mesh = axis_types(a.values, b)
     each_part_chooses = (
         implementation is None
-        and axis_types == {AxisType.Auto}
+        and of_mesh == {AxisType.Auto}
         and dispatch.is_measured()
         and reference.unsupported(a, b, form) is None
     )
     if not each_part_chooses:
         if _choose(implementation, a, b, form).name == "reference":
             return reference.gemm(a, b, bias, form)
-    is_cut = axis_types <= {AxisType.Auto}
+    is_cut = of_mesh <= {AxisType.Auto}
     return _derived(implementation, is_cut, a, b, bias, form)
 
 
@@ -191,30 +190,22 @@ def _say_once(message: str) -> None:
     _LOGGER.info("nm_matmul: %s", message)
 
 
-def _gemm(implementation: Implementation | None) -> Gemm:
+def _gemm(implementation, a: NMCompressed, b, bias, form: Form) -> Any:
     """`reference.gemm` by what is chosen for the operands."""
-
-    def gemm(a: NMCompressed, b, bias, form: Form) -> Any:
-        choice = _choose(implementation, a, b, form)
-        if choice.name == "reference":
-            return reference.gemm(a, b, bias, form)
-        config = {} if choice.config is None else {"config": choice.config}
-        return _kernel(choice.name).gemm(a, b, bias, form, **config)
-
-    return gemm
+    choice = _choose(implementation, a, b, form)
+    if choice.name == "reference":
+        return reference.gemm(a, b, bias, form)
+    config = {} if choice.config is None else {"config": choice.config}
+    return _kernel(choice.name).gemm(a, b, bias, form, **config)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 5))
 def _derived(implementation, is_cut: bool, a: NMCompressed, b, bias, form: Form) -> Any:
     """The product with the derivatives and the batching rule of `nm_matmul`."""
-    gemm = _gemm(implementation)
-
-    def product(a, b, bias):
-        if is_cut:
-            return partitioned_gemm(gemm, a, b, bias, form)
-        return gemm(a, b, bias, form)
-
-    return _batched(product, form)(a, b, bias)
+    gemm = functools.partial(_gemm, implementation)
+    if is_cut:
+        gemm = functools.partial(partitioned_gemm, gemm)
+    return _batched(lambda a, b, bias: gemm(a, b, bias, form), form)(a, b, bias)
 
 
 def _fwd(implementation, is_cut, a, b, bias, form):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.format import NMCompressed
 from pallas_kernels.reference import Form, epilogue
@@ -112,22 +112,22 @@ def partitioned_gemm(
     if bias is not None:
         rule += ", m" if form.bias_along_m else ", n"
 
-    def whole(b, values, metadata, *bias):
-        a = NMCompressed(values, metadata, axis=-1)
-        return gemm(a, b, bias[0] if bias else None, form)
-
-    cut = custom_partitioning(whole)
+    cut = custom_partitioning(functools.partial(_on_arrays, gemm, form))
     cut.def_partition(
         functools.partial(_parts_of_gemm, gemm, form),
         sharding_rule=f"{rule} -> " + ("n m" if form.out_is_nm else "m n"),
         reduction_factors=("k", "h", "r", "w"),  # in the order of the rule
     )
-    return cut(b, a.values, a.metadata, *(() if bias is None else (bias,)))
+    return cut(b, a.values, a.metadata, bias)
+
+
+def _on_arrays(gemm: Gemm, form: Form, b, values, metadata, bias) -> jax.Array:
+    return gemm(NMCompressed(values, metadata, axis=-1), b, bias, form)
 
 
 def _parts_of_gemm(gemm, form: Form, mesh, operands, result):
     """What each device makes, and which part of A, B, the bias and D it holds."""
-    b, values, _, *bias = operands
+    b, values, _, bias = operands
     a_m, a_k = _mesh_axes(values)
     b_k, b_n = _mesh_axes(b, not form.b_is_kn)
     d_m, d_n = _mesh_axes(result, form.out_is_nm)
@@ -136,13 +136,12 @@ def _parts_of_gemm(gemm, form: Form, mesh, operands, result):
     m = _whole(d_m or _without(a_m, n), rows, _WORD[0], mesh)
     k = _whole(_without(b_k or a_k, m + n), columns, _WORD[1], mesh)
 
-    def part(b, values, metadata, *bias):
-        a = NMCompressed(values, metadata, axis=-1)
-        vector = bias[0] if bias else None
+    def part(b, values, metadata, bias):
         if not k:
-            return gemm(a, b, vector, form)
+            return _on_arrays(gemm, form, b, values, metadata, bias)
         product = dataclasses.replace(form, activation=None, out_dtype=jnp.float32)
-        return epilogue(lax.psum(gemm(a, b, None, product), k), vector, form)
+        out = _on_arrays(gemm, product, b, values, metadata, None)
+        return epilogue(lax.psum(out, k), bias, form)
 
     along = m if form.bias_along_m else n
     return (
@@ -153,9 +152,15 @@ def _parts_of_gemm(gemm, form: Form, mesh, operands, result):
             _sharding(mesh, k, n, transposed=not form.b_is_kn),
             _sharding(mesh, m, k),
             _sharding(mesh, m, k),
-            *(_sharding(mesh, along) for _ in bias),
+            None if bias is None else _sharding(mesh, along),
         ),
     )
+
+
+def axis_types(*operands: jax.Array) -> set[AxisType]:
+    """Of the meshes that arrays lie on, as far as is known while they are traced."""
+    meshes = [jax.typeof(operand).sharding.mesh for operand in operands]
+    return {axis_type for mesh in meshes for axis_type in mesh.axis_types}
 
 
 def _mesh_axes(x: Any, transposed: bool = False) -> tuple[_Axes, ...]:

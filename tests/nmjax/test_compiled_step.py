@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh
 
 import nmjax
 from nmjax import recipes, sparse_products
@@ -16,7 +15,7 @@ from pallas_kernels import dispatch, implementations, ptx
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.partitioning import partitioned
 from tests.pallas_kernels import ahead_of_time
-from tests.pallas_kernels.ahead_of_time import H200
+from tests.pallas_kernels.ahead_of_time import H200, on
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,17 +71,9 @@ def test_every_device_multiplies_its_own_tokens(monkeypatch):
     key = jax.eval_shape(jax.random.key, 0)
     params = jax.eval_shape(model.init, key, x)["params"]
 
-    def put(tree, *axes):
-        sharding = NamedSharding(mesh, P(*axes))
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
-
     partitioned.cache_clear()
-    with jax.default_device(devices[0]):
-        traced = jax.jit(step).trace(put(params), put(x, "data"), put(key))
-        lowered = traced.lower(lowering_platforms=("cuda",))
-        hlo = lowered.compile({"xla_gpu_autotune_level": 0}).as_text()
+    arguments = on(mesh, params), on(mesh, x, "data"), on(mesh, key)
+    hlo = ahead_of_time.program(mesh, step, *arguments)
     partitioned.cache_clear()
 
     calls = re.findall(r"= (\S+|\(.*?\)) custom-call\(.*mosaic_gpu", hlo)

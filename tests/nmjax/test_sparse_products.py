@@ -68,6 +68,16 @@ def test_a_product_is_the_dense_one(rng, products, gemm_atol, sparse, options):
     assert len(products) == 1
 
 
+def assert_like_dense(actual, function, *args):
+    """`actual` is what the function gives where every product is dense."""
+    with pytest.MonkeyPatch.context() as dense:
+        dense.setattr(sparse_products, "is_measured", lambda: False)
+        expected = function(*args)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
+
+
 @pytest.mark.parametrize(
     "recipe, sizes",
     [
@@ -113,13 +123,8 @@ def test_a_layer_runs_each_sparse_gemm_there(rng, products, recipe, sizes, layer
 
     grads = jax.grad(loss, (0, 1))(variables["params"], x)
     assert products == sizes
-    with pytest.MonkeyPatch.context() as dense:
-        dense.setattr(sparse_products, "is_measured", lambda: False)
-        expected = jax.grad(loss, (0, 1))(variables["params"], x)
+    assert_like_dense(grads, jax.grad(loss, (0, 1)), variables["params"], x)
     assert products == sizes
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
-        np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
 
 
 @pytest.mark.parametrize(
@@ -153,12 +158,7 @@ def test_a_pointwise_convolution_is_a_product_of_matrices(
 
     grads = jax.grad(loss, (0, 1), has_aux=True)(params, x)
     assert products == sizes
-    with pytest.MonkeyPatch.context() as dense:
-        dense.setattr(sparse_products, "is_measured", lambda: False)
-        expected = jax.grad(loss, (0, 1), has_aux=True)(params, x)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
-        np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05 * np.abs(b).max())
+    assert_like_dense(grads, jax.grad(loss, (0, 1), has_aux=True), params, x)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -146,6 +147,24 @@ def devices(target: Target, count: int = 1) -> list[jax.Device]:
         target_config=_config(target),
     )
     return topology.devices
+
+
+def on(mesh: jax.sharding.Mesh, tree: Any, *axes: Any) -> Any:
+    """Shapes and dtypes of arrays that lie on a mesh, cut along its axes."""
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+
+def program(mesh: jax.sharding.Mesh, function: Callable, *arguments: Any) -> str:
+    """What XLA makes of a function for `devices` of a mesh; arguments as of `on`."""
+    with jax.default_device(mesh.devices.flat[0]):
+        lowered = jax.jit(function).trace(*arguments)
+        compiled = lowered.lower(lowering_platforms=("cuda",)).compile(
+            {"xla_gpu_autotune_level": 0}
+        )
+    return compiled.as_text()
 
 
 def _compile(function, arguments, target: Target) -> Compiled:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import re
 
 import jax
@@ -17,7 +16,8 @@ from pallas_kernels.format import decompress
 from pallas_kernels.partitioning import partitioned, partitioned_gemm
 from pallas_kernels.reference import Form
 from tests.pallas_kernels import ahead_of_time
-from tests.pallas_kernels.ahead_of_time import H200
+from tests.pallas_kernels.ahead_of_time import H200, on
+from tests.pallas_kernels.gemm_suite import FORMS
 
 M, K, N = 24, 64, 16
 
@@ -145,7 +145,6 @@ def test_within_transforms(mesh, operands):
 
 
 ROWS, COLUMNS, TOKENS = 64, 256, 24  # of A, and the other axis of B
-FORMS = [Form(*layouts) for layouts in itertools.product((False, True), repeat=2)]
 
 
 class Gemm:
@@ -160,10 +159,8 @@ class Gemm:
 
 
 def on_mesh(mesh, a, b, form, a_axes, b_axes):
-    b_axes = b_axes if form.b_is_kn else b_axes[::-1]
-    put = lambda x, axes: jax.device_put(x, NamedSharding(mesh, P(*axes)))  # noqa: E731
-    a = jax.tree.map(lambda array: put(array, a_axes), a)
-    return a, put(b if form.b_is_kn else b.T, b_axes)
+    a = jax.tree.map(lambda array: put(array, mesh, a_axes, False), a)
+    return a, put(b, mesh, b_axes, not form.b_is_kn)
 
 
 def expected(a, b, bias, form):
@@ -175,7 +172,7 @@ def expected(a, b, bias, form):
     return np.asarray(jnp.asarray(out, form.out_dtype))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize(
     "a_axes, b_axes, part, out_axes",
     [
@@ -200,7 +197,8 @@ def test_each_device_makes_its_part_of_a_compressed_product(
         for shape in ((ROWS, COLUMNS), (COLUMNS, TOKENS))
     )
     a = compress_magnitude(w, axis=-1)
-    bias = jnp.asarray(integers(ROWS), jnp.float32)
+    bias = integers(ROWS if form.bias_along_m else TOKENS)
+    bias = jnp.asarray(bias, jnp.float32)
     gemm = Gemm()
     function = functools.partial(partitioned_gemm, gemm, bias=bias, form=form)
     out = jax.jit(function)(*on_mesh(mesh, a, b, form, a_axes, b_axes))
@@ -265,23 +263,16 @@ def test_two_gpus_multiply_their_own_tokens():
     devices = ahead_of_time.devices(H200, 2)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
-    def on(x, *axes):
-        sharding = NamedSharding(mesh, P(*axes))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
     def block(x, up, down):
         h = nm_matmul(x, up, activation="gelu", implementation="sm90")
         return x + nm_matmul(h, down, implementation="sm90")
 
     x = jax.ShapeDtypeStruct((4, 64, 256), jnp.bfloat16)
     up, down = (
-        jax.tree.map(on, jax.eval_shape(compress_magnitude, jnp.zeros(shape)))
+        on(mesh, jax.eval_shape(compress_magnitude, jnp.zeros(shape)))
         for shape in ((256, 512), (512, 256))
     )
-    with jax.default_device(devices[0]):
-        traced = jax.jit(block).trace(on(x, "data"), up, down)
-        lowered = traced.lower(lowering_platforms=("cuda",))
-        hlo = lowered.compile({"xla_gpu_autotune_level": 0}).as_text()
+    hlo = ahead_of_time.program(mesh, block, on(mesh, x, "data"), up, down)
     products = re.findall(r"= (bf16\[[\d,]+\])\S* custom-call\(.*mosaic_gpu", hlo)
     assert products == ["bf16[128,512]", "bf16[128,256]"]
     assert not re.search("all-|collective-permute", hlo)
