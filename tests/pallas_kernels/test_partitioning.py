@@ -11,7 +11,15 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import NMCompressed, compress_magnitude, nm_matmul, ptx, reference
+from pallas_kernels import (
+    NMCompressed,
+    compress_magnitude,
+    dispatch,
+    nm_matmul,
+    ptx,
+    reference,
+)
+from pallas_kernels.devices import this_device
 from pallas_kernels.format import decompress
 from pallas_kernels.partitioning import partitioned, partitioned_gemm
 from pallas_kernels.reference import Form
@@ -276,3 +284,32 @@ def test_two_gpus_multiply_their_own_tokens():
     products = re.findall(r"= (bf16\[[\d,]+\])\S* custom-call\(.*mosaic_gpu", hlo)
     assert products == ["bf16[128,512]", "bf16[128,256]"]
     assert not re.search("all-|collective-permute", hlo)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    "a_axes, b_axes",
+    [
+        ((None, None), (None, "a")),
+        (("a", None), (None, None)),
+        ((None, "a"), ("a", None)),
+    ],
+    ids=["tokens", "features", "contracted"],
+)
+def test_on_two_gpus(rng, form, a_axes, b_axes):
+    """With this device's kernel; the last layout sums over the devices."""
+    if jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    mesh = Mesh(np.array(jax.devices()[:2]), ("a",), axis_types=(AxisType.Auto,))
+    m, n, k = 512, 512, 512
+    w, b = (
+        jnp.asarray(rng.integers(-4, 5, shape), jnp.bfloat16)
+        for shape in ((m, k), (k, n))
+    )
+    bias = jnp.asarray(rng.integers(-9, 10, 512), jnp.float32)
+    a = compress_magnitude(w, axis=-1, implementation="reference")
+    kernel = dispatch.kernel(this_device().kernel).gemm
+    function = functools.partial(partitioned_gemm, kernel, bias=bias, form=form)
+    out = jax.jit(function)(*on_mesh(mesh, a, b, form, a_axes, b_axes))
+    np.testing.assert_array_equal(out, expected(a, b, bias, form))
