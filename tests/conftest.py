@@ -3,12 +3,22 @@
 import os
 
 # Read by jax when it is imported, hence before the import. Four CPU devices let one
-# machine test sharding. The tests marked `gpu`: JAX_PLATFORMS=cuda,cpu pytest -m gpu
+# machine test sharding. Compiling is most of a test, and takes half the time without
+# LLVM's passes and with loops straight to LLVM, not through MLIR (which 0.12 ignores).
+# As users compile: XLA_FLAGS=--xla_force_host_platform_device_count=4 pytest
+# The tests marked `gpu`: JAX_PLATFORMS=cuda,cpu pytest -m gpu
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = " ".join(
-        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
-    ).strip()
+    flags = [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=4",
+    ]
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        flags += [
+            "--xla_backend_optimization_level=0",
+            "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        ]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 import zlib  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
@@ -32,25 +42,6 @@ TOLERANCE = {
     jnp.dtype("float16"): 4e-3,
     jnp.dtype("bfloat16"): 3e-2,
 }
-
-
-# Half the time to compile: no LLVM passes; loops straight to LLVM, not through MLIR,
-# where jax still has both ways (0.12 ignores the option).
-_QUICK_TO_COMPILE = (
-    " --xla_backend_optimization_level=0"
-    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Compiles less where the speed of what is compiled matters least.
-
-    So for the quick suite, and for CI's `-m "not gpu"`: all tests of the kernels, which
-    XLA only interprets. Slow tests of the rest are compiled as users compile. jax reads
-    the flags when it first needs a device, after this.
-    """
-    if config.option.markexpr in ("not slow", "not gpu"):
-        os.environ["XLA_FLAGS"] += _QUICK_TO_COMPILE
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -33,6 +33,12 @@ def whatever_can_be(recipe):
     return [nmjax.Rule(".*", recipe, ineligible="dense")]
 
 
+def assert_close(actual, desired):
+    """But for rounding: XLA may sum in another order where it fuses a mask."""
+    atol = 5e-6 * max(1, np.max(np.abs(desired), initial=0))
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=atol)
+
+
 def loss_of(outputs):
     return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(outputs))
 
@@ -115,12 +121,7 @@ def test_a_sparse_model_equals_the_dense_one_with_masked_weights(name):
     run = lambda model: jax.jit(jax.grad(functools.partial(step, model), has_aux=True))  # noqa: E731
     dense_gradient, dense_outputs = run(dense)(baked)
     gradient, outputs = run(sparse)(variables["params"])
-    jax.tree.map(np.testing.assert_array_equal, outputs, dense_outputs)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        gradient,
-        dense_gradient,
-    )
+    jax.tree.map(assert_close, (outputs, gradient), (dense_outputs, dense_gradient))
     assert jax.tree.structure(gradient) == jax.tree.structure(variables["params"])
 
 

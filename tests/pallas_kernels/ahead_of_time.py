@@ -76,8 +76,8 @@ class Compiled:
     arch: str
 
     @functools.cached_property
-    def _assembled(self) -> tuple[str, str | None]:
-        """The report of ptxas -v, and machine code; None without nvdisasm."""
+    def _assembled(self) -> tuple[str, bytes]:
+        """What ptxas -v says, and the machine code."""
         with tempfile.TemporaryDirectory() as folder:
             path, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
             path.write_text(self.ptx)
@@ -87,15 +87,24 @@ class Compiled:
                 capture_output=True,
                 text=True,
             ).stderr
-            if not (disassembler := find_binary("nvdisasm")):
-                return report, None
-            sass = subprocess.run(
-                [disassembler, "-c", cubin], check=True, capture_output=True, text=True
-            ).stdout
-        return report, sass
+            return report, cubin.read_bytes()
 
     report = property(lambda self: self._assembled[0])
-    sass = property(lambda self: self._assembled[1])
+
+    @functools.cached_property
+    def sass(self) -> str | None:
+        """The machine code as text; None without nvdisasm."""
+        if not (disassembler := find_binary("nvdisasm")):
+            return None
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(self._assembled[1])
+            cubin.flush()
+            return subprocess.run(
+                [disassembler, "-c", cubin.name],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
 
     def spilled_bytes(self) -> int:
         """Bytes of registers spilled to memory, stores and loads."""

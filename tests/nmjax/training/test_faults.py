@@ -29,11 +29,10 @@ train(Net(), RULES, data, SETTINGS, sys.argv[1], progress=False)
 
 
 def start(run_dir):
-    flags = f"--xla_force_host_platform_device_count={jax.device_count()}"
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", PROGRAM, str(run_dir)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
     )
