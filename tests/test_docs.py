@@ -16,12 +16,17 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
 
 
+def is_slow(page: str, block: str) -> bool:
+    """Those that train, and one a method."""
+    return "methods/" in page or "for _ in range" in block
+
+
 @pytest.mark.parametrize(
     "page, number",
     [
-        pytest.param(page, i, marks=[pytest.mark.slow] * ("methods/" in page))
+        pytest.param(page, i, marks=[pytest.mark.slow] * is_slow(page, block))
         for page in PAGES
-        for i in range(len(blocks(page)))
+        for i, block in enumerate(blocks(page))
     ],
 )
 def test_a_python_block_runs(page, number, capsys):

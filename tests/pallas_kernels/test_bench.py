@@ -433,6 +433,7 @@ def tunable(monkeypatch, tmp_path):
     measurements.load.cache_clear()
 
 
+@pytest.mark.slow
 def test_tuning_writes_what_dispatch_reads(tunable, capsys):
     shape = ["--shape", "32,48,64", "--rounds", "2", "--milliseconds", "1"]
     assert main(["--tune", *shape]) == 1  # some Config was wrong, and none hides it
