@@ -24,6 +24,7 @@ from nmjax.training import (
 )
 from nmjax.training.checkpoint import list_steps
 from nmjax.training.restoring import verify
+from nmjax.training.steps import jit_train_step
 from tests.nmjax.training.fakes import RULES, Crash, FakeData, Net, config, crash_at
 
 TIMING = "images_per_second"
@@ -187,7 +188,9 @@ def test_same_seed_same_run_and_another_seed_another(uninterrupted, tmp_path):
     again = run(tmp_path / "again", settings=config(**PHASES, keep=9))
     assert_same(again.state, uninterrupted[1].state)
     assert tables_of(tmp_path / "again") == tables_of(uninterrupted[0])
+    compiled = jit_train_step.cache_info().misses
     other = run(tmp_path / "other", settings=config(**PHASES, keep=9, seed=1))
+    assert jit_train_step.cache_info().misses == compiled  # once for all seeds
     kernel = other.state.params["fc"]["kernel"]
     assert (kernel != again.state.params["fc"]["kernel"]).any()
 
