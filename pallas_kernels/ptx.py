@@ -349,7 +349,10 @@ def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
     bits = 8 * jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * bits)
     tile = (8, 8 * swizzle // bits)
-    return plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle)
+    # To pyright both are abstract in jax 0.11: what jax's own compiler needs is there.
+    tiling = plgpu.TilingTransform(tile)  # pyright: ignore[reportAbstractUsage]
+    swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return tiling, swizzling
 
 
 def whole_tiles(x: jax.Array, smem: Any) -> jax.Array:

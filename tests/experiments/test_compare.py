@@ -134,6 +134,7 @@ class TestResumption:
         monkeypatch.setattr(single, "train_network", train)
         return asked
 
+    @pytest.mark.slow
     def test_a_killed_comparison_loses_nothing(self, trained, tmp_path, monkeypatch):
         options = dataclasses.replace(self.OPTIONS, output_dir=str(tmp_path))
         said = []
@@ -176,6 +177,7 @@ class TestResumption:
             assert trained == names
             assert (tmp_path / str(cut) / "table.json").read_text() == whole
 
+    @pytest.mark.slow
     def test_it_can_be_extended(self, trained, tmp_path, monkeypatch):
         monkeypatch.setattr(compare, "plot_runs", lambda *_: None)
         monkeypatch.setattr(compare, "plot_comparison", lambda *_: None)

@@ -99,6 +99,7 @@ def test_digits_holds_every_digit_of_scikit_learn_once():
     np.testing.assert_array_equal(both.reshape(1797, 64), images[order])
 
 
+@pytest.mark.slow
 def test_reading_imports_no_other_framework():
     program = (
         "import sys\n"

@@ -296,6 +296,7 @@ def test_shard_map_over_the_columns(rng, decay):
     np.testing.assert_array_equal(out, expected_value_and_gradient(w, c)[1])
 
 
+@pytest.mark.slow
 def test_shard_map_with_a_replicated_weight_adds_the_decay_once(rng):
     """The weight's gradient is summed over the mesh; λ(1 − E)W is not."""
     w, c = dyadic(rng, 8, 4), dyadic(rng, 4, 8, 4)

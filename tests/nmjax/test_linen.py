@@ -226,7 +226,9 @@ def test_under_scan_a_mask_is_refreshed():
         pytest.param("Dense", recipes.learned("2:4"), marks=pytest.mark.slow),
         ("Dense", recipes.two_by_four()),
         pytest.param("square Einsum", recipes.fst(), marks=pytest.mark.slow),
-        ("square Einsum", recipes.semi_sparse_activation()),
+        pytest.param(
+            "square Einsum", recipes.semi_sparse_activation(), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda x: getattr(x, "name", x),
 )

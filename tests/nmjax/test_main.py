@@ -338,6 +338,7 @@ def test_as_a_command(run):
     assert "ok, 2 of 4 weights are 2:4" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_truncated_file_is_one_line_on_standard_error(run):
     damage(largest_file(run / "checkpoints" / "8" / "params"))
     done = command(["-m", "nmjax"], "check", run)
@@ -345,6 +346,7 @@ def test_a_truncated_file_is_one_line_on_standard_error(run):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_the_training_extra(run):
     code = """if True:
         import sys

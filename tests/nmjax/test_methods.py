@@ -697,7 +697,8 @@ def wide(refresh=1):
     return nmjax.sparsify(Wide(), rules), params, plan, nmjax.init_state(params, plan)
 
 
-@pytest.mark.parametrize("refresh", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("refresh", [1, 50])
 def test_dgrad_groups_outputs_in_the_order_of_the_state(refresh, gemm_atol):
     model, params, plan, state = wide(refresh)
     entry = state["layer"]["kernel"]
@@ -813,7 +814,14 @@ def test_vmap_over_examples():
 
 
 @pytest.mark.parametrize(
-    "name", ["bi_mask", "fst", "semi_sparse_activation", "two_by_four", "s_ste"]
+    "name",
+    [
+        "bi_mask",
+        "fst",
+        pytest.param("semi_sparse_activation", marks=pytest.mark.slow),
+        "two_by_four",
+        "s_ste",
+    ],
 )
 def test_shard_map_over_tokens(name):
     """Four tokens on each device: whole groups, so the sum is that of one device."""

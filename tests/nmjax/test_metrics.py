@@ -117,6 +117,7 @@ def test_transposable_gap_of_an_old_mask(rng):
     assert found["total"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_transposable_gap_of_tiles_and_of_conv_kernels(rng):
     """The axes are those of the layer, and greedy tiles are near the best."""
     w = rng.normal(size=(4, 8, 3, 12)).astype(np.float32)  # contracts the first

@@ -99,6 +99,7 @@ def test_tokens_are_all_axes_that_are_not_contracted(rng):
     np.testing.assert_array_equal(y, (sparse @ np.asarray(w)).reshape(2, 3, 4))
 
 
+@pytest.mark.slow
 def test_after_a_squared_relu_signed_ranking_is_that_of_magnitudes(rng):
     x = jnp.square(nn.relu(jnp.asarray(rng.standard_normal((8, 16)), jnp.float32)))
     w = integers(rng, 16, 4)
@@ -447,7 +448,9 @@ def test_vmap_scan_and_remat_give_the_same(rng, recipe):
 
 
 @pytest.mark.parametrize(
-    "recipe", [ACTIVATION, SAMPLED, FST, BI_MASK], ids=lambda r: r.name
+    "recipe",
+    [pytest.param(ACTIVATION, marks=pytest.mark.slow), SAMPLED, FST, BI_MASK],
+    ids=lambda r: r.name,
 )
 def test_explicit_mesh_axes(rng, recipe):
     x, w = integers(rng, 4, 4, 8), integers(rng, 8, 4)

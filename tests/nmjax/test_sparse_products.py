@@ -81,9 +81,9 @@ def assert_like_dense(actual, function, *args):
 @pytest.mark.parametrize(
     "recipe, sizes",
     [
-        ("dense", []),
-        ("sr_ste", [(N, T, K)]),
-        ("transposable", [(N, T, K), (K, T, N)]),
+        pytest.param("dense", [], marks=pytest.mark.slow),
+        pytest.param("sr_ste", [(N, T, K)], marks=pytest.mark.slow),
+        pytest.param("transposable", [(N, T, K), (K, T, N)], marks=pytest.mark.slow),
         pytest.param("bi_mask", [(N, T, K), (K, T, N)], marks=pytest.mark.slow),
         ("semi_sparse_activation", [(T, N, K), (K, N, T)]),
         ("two_by_four", [(N, T, K), (K, T, N), (N, K, T)]),
@@ -131,13 +131,15 @@ def test_a_layer_runs_each_sparse_gemm_there(rng, products, recipe, sizes, layer
     "window, options, sizes",
     [
         ((1, 1), {}, [(N, T, K), (K, T, N)]),
-        ((1,), {"padding": "VALID"}, [(N, T, K), (K, T, N)]),
+        pytest.param(
+            (1,), {"padding": "VALID"}, [(N, T, K), (K, T, N)], marks=pytest.mark.slow
+        ),
         ((1, 1), {"padding": ((0, 0), (0, 0))}, [(N, T, K), (K, T, N)]),
         ((1, 1), {"padding": 1}, []),
         ((1, 1), {"strides": (1, 2)}, []),
         ((1, 1), {"input_dilation": (2, 1), "padding": 0}, []),
-        ((1, 3), {}, []),
-        ((1, 1), {"feature_group_count": 2}, []),
+        pytest.param((1, 3), {}, [], marks=pytest.mark.slow),
+        pytest.param((1, 1), {"feature_group_count": 2}, [], marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -216,6 +218,7 @@ def test_what_is_slower_is_dense(rng, products, monkeypatch):
     np.testing.assert_array_equal(product(lhs, rhs), jnp.dot(lhs, rhs))
 
 
+@pytest.mark.slow
 def test_products_of_stacked_operands(rng, products):
     lhs = jnp.asarray(rng.integers(-3, 4, (3, T, K)), jnp.bfloat16)
     rhs = masked(jnp.asarray(rng.integers(-3, 4, (K, N)), jnp.bfloat16), -2)
@@ -254,7 +257,10 @@ def test_axes_that_cannot_be_cut_are_dense(products, types):
     assert asked == [None]
 
 
-@pytest.mark.parametrize("name", ["transposable", "semi_sparse_activation"])
+@pytest.mark.parametrize(
+    "name",
+    ["transposable", pytest.param("semi_sparse_activation", marks=pytest.mark.slow)],
+)
 def test_devices_share_the_products_of_a_layer(rng, products, name):
     """Data parallel, by `jax.jit` alone; each device has half of the tokens."""
     recipe = {

@@ -362,6 +362,7 @@ def test_a_sparse_model_inside_another_or_bound_raises():
 # Promise 3: one mask, also in bfloat16
 
 
+@pytest.mark.slow
 def test_bfloat16_layers_use_the_masks_of_the_float32_weights():
     variables, x = mlp_case()
     rng = np.random.default_rng(3)
@@ -399,6 +400,7 @@ def test_none_everywhere_is_the_dense_model_exactly():
     )
 
 
+@pytest.mark.slow
 def test_per_path_rules_survive_a_module_level_jit():
     case = MODELS["linen_transformer_jit"]
     dense, variables, inputs = case.make(), case.variables(), case.inputs()
@@ -413,6 +415,7 @@ def test_per_path_rules_survive_a_module_level_jit():
     np.testing.assert_array_equal(dense.apply(variables, *inputs), before)
 
 
+@pytest.mark.slow
 def test_vmap_over_parameters_and_examples():
     variables, x = mlp_case()
     sparse = nmjax.sparsify(Mlp(), RULES)
@@ -550,6 +553,7 @@ def test_data_parallel_shard_map_sums_wgrad_over_the_data_axis(recipe):
 # Decay: once for each use
 
 
+@pytest.mark.slow
 def test_a_layer_used_twice_decays_twice_in_the_op():
     class Twice(nn.Module):
         @nn.compact

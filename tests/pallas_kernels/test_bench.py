@@ -93,6 +93,7 @@ def test_a_race_is_interleaved_and_counts_single_products(monkeypatch):
     assert quartiles(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == (2, 3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.name)
 def test_the_reference_passes_the_judge_in_every_use(use):
     product = Product("", use, *use.sizes(48, 64, 32), tokens=48)
@@ -356,6 +357,7 @@ def test_the_pipeline_without_a_gpu(tmp_path, capsys):
     assert "[2/2]" in err and "s left" in err
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_an_exit_status(tmp_path, monkeypatch, capsys):
     broken_kernel(monkeypatch, swapped_halves)
     monkeypatch.setattr(devices, "this_device", lambda: H200)

@@ -58,6 +58,7 @@ def test_every_group_is_masked_as_nmjax_masks_it(axis, dtype):
     assert_same(compressed, expected_of(w, axis, jnp.bfloat16))
 
 
+@pytest.mark.slow
 @hypothesis.given(data=st.data(), shape=st.sampled_from([(1, 4), (3, 8), (17, 68)]))
 @hypothesis.settings(max_examples=30)
 def test_any_entries_in_any_size(data, shape):
@@ -79,7 +80,7 @@ def test_the_mask_is_chosen_from_the_master(rng):
     assert (nmjax.magnitude_mask(w.astype(jnp.bfloat16), "2:4") != mask).any()
 
 
-@pytest.mark.parametrize("at_most", [False, True])
+@pytest.mark.parametrize("at_most", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_both_forms_have_one_mask_that_serves_both_axes(rng, at_most):
     w = jnp.asarray(rng.standard_normal((24, 40)), jnp.float32)
     compressed, transposed = compress_transposable(
@@ -100,7 +101,9 @@ def test_both_forms_have_one_mask_that_serves_both_axes(rng, at_most):
     assert set(counts.flat) <= ({7, 8} if at_most else {8})
 
 
-@pytest.mark.parametrize("kind", ["magnitude", "transposable"])
+@pytest.mark.parametrize(
+    "kind", ["magnitude", pytest.param("transposable", marks=pytest.mark.slow)]
+)
 def test_the_gradient_of_values_reaches_kept_entries(rng, kind):
     w = jnp.asarray(rng.standard_normal((8, 12)), jnp.float32)
 

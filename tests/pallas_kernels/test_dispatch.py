@@ -123,6 +123,7 @@ def test_what_was_not_measured_is_dense(tuned, others):
     assert judge(**others).name == "reference"
 
 
+@pytest.mark.slow
 def test_nm_matmul_runs_the_measured_kernel_with_its_config(tuned, monkeypatch, caplog):
     tuned(entry(16, 1.5, m=32, k=64))
     ran = []

@@ -42,6 +42,7 @@ def test_a_wrong_layout_gives_another_product(case, fault):
     assert (out != expected).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_the_one_pass_selection_is_the_mask_of_nmjax(rng):
     """Ties, signed zeros, infinities, NaN and subnormals among ordinary entries."""
     special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e-42, -1e-42, 1, -1])
@@ -80,6 +81,7 @@ def test_what_wgmma_reads_from_registers(rng):
     np.testing.assert_array_equal(out.reshape(64, 16), np.where(mask, w, 0) @ b)
 
 
+@pytest.mark.slow
 def test_what_prmt_picks_of_a_mask_is_what_the_interpreter_picks():
     """For all 90 masks, rows and columns: the pair that is kept, and its nibble."""
     masks = (np.arange(2**16)[:, None] >> np.arange(16) & 1).reshape(-1, 4, 4)

@@ -238,6 +238,7 @@ def test_weights_on_the_devices_of_the_batch(
     assert "all-to-all" not in lowered.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, columns", [(40, 256), (64, 192), (24, 72)])
 def test_no_device_holds_a_part_of_a_word(mesh, rng, rows, columns):
     w = jnp.asarray(rng.integers(-3, 4, (rows, columns)), jnp.bfloat16)

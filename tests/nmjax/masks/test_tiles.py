@@ -133,6 +133,7 @@ def test_errors_name_the_value_and_the_limit():
         tile_mask(jnp.ones((4, 4), jnp.complex64), "causal1122")
 
 
+@pytest.mark.slow
 def test_sparsify_like_takes_the_mask_of_another_array(rng):
     w = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(8, 8)), jnp.bfloat16).at[0].set(jnp.nan)

@@ -58,6 +58,7 @@ def test_a_sparse_model_equals_the_dense_one_with_masked_weights(name, recipe):
     assert_follows(sparse, plan, x, state)
 
 
+@pytest.mark.slow
 def test_training_mode_uses_the_same_random_bits_and_statistics():
     model, x = build("nnx_conv_net")
     sparse = nmjax.sparsify(model, "2:4")

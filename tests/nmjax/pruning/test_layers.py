@@ -37,6 +37,8 @@ LINEN = {
         (-2,),
     ),
 }
+# Other windows and axes of the layers above.
+MORE = {"general_two", "dilated", "grouped", "conv_1d", "transposed"}
 NNX = {
     "linear": (lambda r: nnx.Linear(8, 5, rngs=r), (3, 4, 8), (-2,)),
     "general": (
@@ -84,7 +86,13 @@ def assert_features_times_kernel_is_the_layer(layer, parameters, x, axes, expect
     np.testing.assert_array_equal(rows, np.broadcast_to(expected_rows, rows.shape))
 
 
-@pytest.mark.parametrize("name", LINEN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in MORE else name
+        for name in LINEN
+    ],
+)
 def test_linen(rng, name):
     module, shape, axes = LINEN[name]
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)

@@ -147,6 +147,7 @@ def test_one_layer_beats_magnitude_and_reports_its_errors(rng):
     np.testing.assert_allclose(kernel, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_orthogonal_inputs_give_magnitude_pruning_exactly(rng):
     w = rng.normal(size=(8, 5)).astype(np.float32)
     result = sparse_gpt(
@@ -201,14 +202,10 @@ def test_later_layers_see_the_pruned_network(rng):
     assert (second["kernel"] != other.params["a_second"]["kernel"]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        "linen_einsum",
-        pytest.param("linen_image_decoder", marks=pytest.mark.slow),
-        pytest.param("linen_mobilenet", marks=pytest.mark.slow),
-        pytest.param("linen_transformer", marks=pytest.mark.slow),
-    ],
+    ["linen_einsum", "linen_image_decoder", "linen_mobilenet", "linen_transformer"],
 )
 def test_foreign_linen_models(name):
     foreign = MODELS[name]

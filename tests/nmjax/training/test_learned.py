@@ -103,6 +103,7 @@ def whole(tmp_path_factory):
     return run_dir, run(run_dir)
 
 
+@pytest.mark.slow
 def test_weights_under_learned_masks_keep_their_bits(whole):
     """Momentum and weight decay included; all other parameters and logits train."""
     state, images = whole[1].state, jnp.zeros((1, *DATA.image_shape))
@@ -130,6 +131,7 @@ def test_masks_are_the_most_probable_ones(whole):
     nmjax.check(found["params"], found["plan"], found["masks"])
 
 
+@pytest.mark.slow
 def test_evaluation_draws_nothing(whole):
     run_dir, result = whole
     found = restore(run_dir)

@@ -197,7 +197,7 @@ def test_same_seed_same_run_and_another_seed_another(uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(
     "step",
-    [4, 11, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 6, 13))],
+    [4, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 6, 11, 13))],
 )
 def test_a_crash_and_a_resume_equal_the_uninterrupted_run(
     uninterrupted, tmp_path, step
@@ -214,7 +214,10 @@ def test_a_crash_and_a_resume_equal_the_uninterrupted_run(
     assert data.served == uninterrupted[2][restored_step:]
 
 
-@pytest.mark.parametrize(("step", "signum"), [(4, signal.SIGTERM), (6, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("step", "signum"),
+    [(4, signal.SIGTERM), pytest.param(6, signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_a_signal_writes_a_checkpoint_and_ends(
     uninterrupted, tmp_path, capsys, step, signum
 ):
@@ -235,6 +238,7 @@ def test_a_signal_writes_a_checkpoint_and_ends(
     assert tables_of(tmp_path) == tables_of(uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_evaluation_does_not_wait_for_it(uninterrupted, tmp_path):
     class Data(FakeData):
         def test_batches(self, batch_size, **hosts):
@@ -267,7 +271,8 @@ def test_a_finished_run_can_be_prolonged(run_dir):
         run(run_dir, settings=config(**PHASES, keep=9, epochs=4))
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 1])
 def test_resume_on_another_number_of_devices(uninterrupted, run_dir, devices):
     shutil.rmtree(run_dir / "checkpoints/16")
     result = run(
@@ -453,6 +458,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
 
 # When one array of several cannot be written, Orbax closes its event loop under the
 # writes of the others, which then have nobody to report to.
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning"
 )
