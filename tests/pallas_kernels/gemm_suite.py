@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -62,3 +63,18 @@ def check(
 
 # (M, N, K) in tiles: 1 to 4 of them in each direction.
 TILE_COUNTS = [(1, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 3, 2), (3, 2, 3)]
+
+
+def check_again_and_again(
+    gemm: Callable, rng: np.random.Generator, m: int, n: int, k: int, times: int
+) -> None:
+    """The same product `times` times, which has to be the reference's every time.
+
+    A register or a tile that is overwritten too early shows by chance alone.
+    """
+    form = Form()
+    a, b, _ = operands(rng, m, n, k, form, "bfloat16", integers=True)
+    expected = reference.gemm(a, b, None, form)
+    count = jax.jit(lambda a, b, out: (gemm(a, b, None, form) != out).sum())
+    wrong = np.asarray([count(a, b, expected) for _ in range(times)])
+    np.testing.assert_array_equal(wrong, 0, err_msg="wrong entries of each run")

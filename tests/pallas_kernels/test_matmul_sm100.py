@@ -254,6 +254,14 @@ def test_on_a_gpu_normal_numbers(rng, gemm_atol, dtype, activation):
 
 @pytest.mark.gpu
 @needs_jax
+def test_on_a_gpu_every_run_gives_the_same(rng):
+    skip_without_tcgen05()
+    gemm = matmul_sm100.gemm
+    gemm_suite.check_again_and_again(gemm, rng, 1024, 4096, 4096, times=500)
+
+
+@pytest.mark.gpu
+@needs_jax
 @pytest.mark.parametrize("tiles", MANY, ids=str)
 def test_on_a_gpu_any_number_of_tiles(rng, tiles):
     skip_without_tcgen05()

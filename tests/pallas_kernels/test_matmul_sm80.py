@@ -461,6 +461,12 @@ def test_on_a_gpu_normal_numbers(rng, gemm_atol, dtype, activation):
 
 @pytest.mark.gpu
 @needs_ampere
+def test_on_a_gpu_every_run_gives_the_same(rng):
+    gemm_suite.check_again_and_again(matmul_sm80.gemm, rng, 1024, 2048, 2048, times=500)
+
+
+@pytest.mark.gpu
+@needs_ampere
 @pytest.mark.parametrize("tiles", gemm_suite.TILE_COUNTS, ids=str)
 def test_on_a_gpu_any_number_of_tiles(rng, tiles):
     gemm = functools.partial(matmul_sm80.gemm, config=SMALLEST)

@@ -552,6 +552,14 @@ def test_on_a_gpu_normal_numbers(rng, gemm_atol, dtype, activation, config):
 
 @pytest.mark.gpu
 @needs_hopper
+@GPU_CONFIGS
+def test_on_a_gpu_every_run_gives_the_same(rng, config):
+    gemm = functools.partial(matmul_sm90.gemm, config=config)
+    gemm_suite.check_again_and_again(gemm, rng, 1024, 4416, 4096, times=500)
+
+
+@pytest.mark.gpu
+@needs_hopper
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_on_a_gpu_float32_out(rng, form):
     form = dataclasses.replace(form, activation="gelu", out_dtype=jnp.float32)

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# What a GPU that is lent for a quarter of an hour is asked, in calls that end in time:
+#
+#   bash benchmarks/on_gpu.sh OUT values          are the kernels right: 6 minutes at most
+#   bash benchmarks/on_gpu.sh OUT speed tuning    are they fast: 8 minutes at most
+#   bash benchmarks/on_gpu.sh OUT counters        what bounds the Hopper GEMM: 1 minute
+#
+# From a checkout, with a python3 that has jax, flax, hypothesis, pytest-xdist and
+# pytest-timeout; nothing is installed or fetched, no setting of the GPU is changed. Each
+# question has a time limit; all that is said goes to OUT/log, its end to the terminal.
+# The last lines say how each ended, and so does the exit status.
+# It can be tried without a GPU: JAX_PLATFORMS=cpu bash benchmarks/on_gpu.sh OUT values
+set -uo pipefail
+
+usage="usage: bash benchmarks/on_gpu.sh OUT values|speed|tuning|counters ..."
+if [[ $# -lt 2 ]]; then
+  echo "$usage" >&2
+  exit 2
+fi
+out=$1
+shift
+mkdir -p "$out" && out=$(cd "$out" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+PATH+=:/usr/local/cuda/bin # ncu, compute-sanitizer
+# Many processes share the GPU's memory and the cores of the oracle.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false OPENBLAS_NUM_THREADS=2 OMP_NUM_THREADS=2
+summary=()
+status=0
+
+ask() { # name, seconds, command
+  local name=$1 limit=$2 started=$SECONDS ended
+  shift 2
+  printf '\n== %s: %s\n' "$name" "$*" | tee -a "$out/log"
+  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$out/log" | tail -n 25 | cut -c1-300
+  ended=${PIPESTATUS[0]}
+  summary+=("$name: exit status $ended after $((SECONDS - started)) s of $limit s")
+  [[ $ended == 0 ]] || status=1
+}
+
+# A worker for each core but two: most of a test is compilation, on one core. A test that
+# hangs costs a minute and its worker. A warning of packages unlike ours is no failure.
+pytest=(python3 -m pytest -q -m gpu --dist=worksteal -W default --tb=short
+  --timeout=60 --timeout-method=thread)
+workers=$(($(nproc) > 3 ? $(nproc) - 2 : 1))
+bench=(python3 -m pallas_kernels.bench)
+goals=(--shape "8192,8192,8192" --shape "4096,44160,1024" --shape "1024,44160,4096")
+# Reads and writes of shared memory, of their peak, and traffic of L2.
+counted=l1tex__data_bank_reads.avg.pct_of_peak_sustained_elapsed
+counted+=,l1tex__data_bank_writes.avg.pct_of_peak_sustained_elapsed
+counted+=,lts__t_bytes.sum.per_second
+
+values() {
+  ask smallest 90 python3 -m tests.pallas_kernels.smallest_products
+  ask values 180 "${pytest[@]}" -n "$workers" tests/pallas_kernels \
+    --ignore=tests/pallas_kernels/test_sanitizer.py
+  ask sanitizer 90 "${pytest[@]}" -n 3 --timeout=85 tests/pallas_kernels/test_sanitizer.py
+}
+
+speed() {
+  ask goals 60 "${bench[@]}" --quick "${goals[@]}" --output-dir "$out/goals"
+  ask bench 180 "${bench[@]}" --quick --suite vit_l uses compression \
+    --output-dir "$out/bench"
+}
+
+tuning() {
+  ask tuning 240 "${bench[@]}" --tune --quick --suite squares vit_l --tokens 32768 \
+    --output-dir "$out"
+}
+
+# Nine launches in: compiled, judged and warm.
+counters() {
+  ask counters 90 ncu --clock-control none --kernel-name regex:nm_matmul \
+    --launch-skip 8 --launch-count 1 --section SpeedOfLight \
+    --section MemoryWorkloadAnalysis --section MemoryWorkloadAnalysis_Tables \
+    --section ComputeWorkloadAnalysis --section LaunchStats --metrics "$counted" \
+    "${bench[@]}" --shape 4096,44160,1024 --rounds 1 --milliseconds 1 \
+    --output-dir "$out/counters"
+}
+
+for question in "$@"; do
+  case $question in
+    values | speed | tuning | counters) "$question" ;;
+    *) echo "no question '$question'; $usage" >&2 && exit 2 ;;
+  esac
+done
+printf '\n'
+printf '%s\n' "${summary[@]}"
+exit $status
