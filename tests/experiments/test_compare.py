@@ -107,6 +107,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 class TestResumption:
     """With networks that are not trained."""
 
@@ -134,7 +135,6 @@ class TestResumption:
         monkeypatch.setattr(single, "train_network", train)
         return asked
 
-    @pytest.mark.slow
     def test_a_killed_comparison_loses_nothing(self, trained, tmp_path, monkeypatch):
         options = dataclasses.replace(self.OPTIONS, output_dir=str(tmp_path))
         said = []
@@ -177,7 +177,6 @@ class TestResumption:
             assert trained == names
             assert (tmp_path / str(cut) / "table.json").read_text() == whole
 
-    @pytest.mark.slow
     def test_it_can_be_extended(self, trained, tmp_path, monkeypatch):
         monkeypatch.setattr(compare, "plot_runs", lambda *_: None)
         monkeypatch.setattr(compare, "plot_comparison", lambda *_: None)

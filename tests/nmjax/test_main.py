@@ -332,6 +332,7 @@ def command(code, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_as_a_command(run):
     done = command(["-m", "nmjax"], "check", run)
     assert (done.returncode, done.stderr) == (0, "")

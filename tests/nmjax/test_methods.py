@@ -734,6 +734,7 @@ def test_dgrad_groups_outputs_in_the_order_of_the_state(refresh, gemm_atol):
     jax.tree.map(np.testing.assert_array_equal, nmjax.nnx.state(nnx_model), state)
 
 
+@pytest.mark.slow
 def test_the_order_changes_at_its_interval_and_never_for_a_worse_one():
     _, params, plan, state = wide(50)
     refresh = jax.jit(

@@ -346,7 +346,16 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "batch",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("crossed", "two free")
+        ),
+    ],
+)
 @pytest.mark.parametrize("recipe", [ACTIVATION, SAMPLED, FST], ids=lambda r: r.name)
 def test_layouts_are_one_matrix_for_each_batch_index(rng, layout, recipe):
     x_shape, w_shape, numbers = LAYOUTS[layout]

@@ -516,7 +516,10 @@ def test_a_sharding_that_cuts_groups_is_refused():
         nmjax.prepare(params, plan)
 
 
-@pytest.mark.parametrize("recipe", [nmjax.recipes.ste, nmjax.recipes.frozen])
+@pytest.mark.parametrize(
+    "recipe",
+    [nmjax.recipes.ste, pytest.param(nmjax.recipes.frozen, marks=pytest.mark.slow)],
+)
 def test_data_parallel_shard_map_sums_wgrad_over_the_data_axis(recipe):
     variables, x = mlp_case()
     rules = [RULES[0], nmjax.Rule(".*", recipe("2:4"))]

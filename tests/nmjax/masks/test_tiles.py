@@ -81,6 +81,7 @@ def test_signed_ranking_is_not_by_magnitude():
     assert row.tolist() == [False, False, True, True]
 
 
+@pytest.mark.slow
 def test_shares_kept_are_those_of_torchao(rng):
     w = jnp.asarray(rng.normal(size=(512, 512)), jnp.float32)
     magnitude = jnp.abs(w)

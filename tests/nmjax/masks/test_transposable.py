@@ -61,7 +61,9 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("at_most", [False, True])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize(
+    "pattern", [pytest.param("2:4", marks=pytest.mark.slow), "4:8"]
+)
 def test_the_mask_is_optimal_and_certified(pattern, at_most, rng):
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
     size = 2 * m, 2 * m
@@ -95,6 +97,7 @@ def test_the_gap_of_other_masks_is_measured(method, rng):
     assert low < kept / best < high
 
 
+@pytest.mark.slow
 def test_at_most_finds_the_masks_of_seven_entries():
     # The entry at (0, 0) is best alone in its row and column: 90 masks cannot do it.
     tile = np.ones((4, 4))
@@ -167,6 +170,7 @@ def test_infinities_come_first_and_nan_last(pattern, rng):
         assert (tiles[k] * mask[k]).sum() >= best - 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 def test_other_dtypes_are_ranked_as_in_float32(dtype, rng):
     scores = jnp.asarray(rng.integers(0, 100, (24, 24)), dtype)

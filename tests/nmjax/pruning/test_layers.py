@@ -37,8 +37,6 @@ LINEN = {
         (-2,),
     ),
 }
-# Other windows and axes of the layers above.
-MORE = {"general_two", "dilated", "grouped", "conv_1d", "transposed"}
 NNX = {
     "linear": (lambda r: nnx.Linear(8, 5, rngs=r), (3, 4, 8), (-2,)),
     "general": (
@@ -65,6 +63,16 @@ NNX = {
 }
 
 
+# More cases of what the others cover.
+SLOW = {"general_two", "dilated", "grouped", "conv_1d", "transposed", "no_bias"}
+
+
+def names(layers):
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in layers
+    ]
+
+
 def assert_features_times_kernel_is_the_layer(layer, parameters, x, axes, expected):
     kernel = parameters["kernel"]
     matrices = layer.matrices(kernel.ndim, axes)
@@ -86,13 +94,7 @@ def assert_features_times_kernel_is_the_layer(layer, parameters, x, axes, expect
     np.testing.assert_array_equal(rows, np.broadcast_to(expected_rows, rows.shape))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in MORE else name
-        for name in LINEN
-    ],
-)
+@pytest.mark.parametrize("name", names(LINEN))
 def test_linen(rng, name):
     module, shape, axes = LINEN[name]
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -107,7 +109,7 @@ def test_linen(rng, name):
     )
 
 
-@pytest.mark.parametrize("name", NNX)
+@pytest.mark.parametrize("name", names(NNX))
 def test_nnx(rng, name):
     make, shape, axes = NNX[name]
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)

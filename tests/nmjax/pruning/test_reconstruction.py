@@ -68,7 +68,7 @@ def test_one_layer_comes_close_to_least_squares(rng):
 @pytest.mark.parametrize(
     "rules",
     [
-        nmjax.recipes.transposable("2:4"),
+        pytest.param(nmjax.recipes.transposable("2:4"), marks=pytest.mark.slow),
         [nmjax.Rule(".*", nmjax.recipes.one_shot("2:3"), ragged="dense-tail")],
     ],
     ids=["transposable", "ragged"],

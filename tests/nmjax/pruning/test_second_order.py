@@ -51,7 +51,9 @@ def test_is_the_definition(rng, pattern, k):
     assert_is_the_definition(rng, pattern, k)
 
 
-@pytest.mark.parametrize("pattern, k", [("2:4", 28), ("2:3", 27)])
+@pytest.mark.parametrize(
+    "pattern, k", [("2:4", 28), pytest.param("2:3", 27, marks=pytest.mark.slow)]
+)
 def test_is_the_definition_across_blocks(rng, pattern, k, monkeypatch):
     # Blocks of 8 and of 6 rows: four and five of them, the last one mostly padding.
     monkeypatch.setattr(second_order, "_ROWS_PER_BLOCK", 8)

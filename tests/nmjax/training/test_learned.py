@@ -121,6 +121,7 @@ def test_weights_under_learned_masks_keep_their_bits(whole):
     assert np.any(moved)
 
 
+@pytest.mark.slow
 def test_masks_are_the_most_probable_ones(whole):
     found = restore(whole[0])
     for layer in ("conv", "fc"):
@@ -145,6 +146,7 @@ def test_evaluation_draws_nothing(whole):
     np.testing.assert_allclose(first["loss"], baked["loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
     with pytest.raises(Crash):
         run(tmp_path, data=FakeData(at_step=crash_at(6)))
@@ -182,9 +184,8 @@ def test_a_checkpoint_without_logits_is_refused(whole, tmp_path):
         restore(run_dir)
 
 
-@pytest.mark.parametrize(
-    "optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_weight_decay_reaches_neither_logits_nor_their_weights(optimizer):
     """A head of zeros: no gradient reaches the layers below, so nothing moves them."""
     settings = config(optimizer=optimizer, weight_decay=0.5, lr=0.1)

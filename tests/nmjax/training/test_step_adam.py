@@ -91,7 +91,7 @@ def test_masks_hold_at_the_end(whole):
     assert [e.path for e in found["plan"].sparse] == ["fc/kernel"]
 
 
-@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize("step", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, step):
     with pytest.raises(Crash):
         run(tmp_path, FakeData(at_step=crash_at(step)))
