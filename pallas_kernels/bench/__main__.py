@@ -85,24 +85,34 @@ def _bench(options, chosen: list[Product], here: Device | None) -> int:
     seconds = options.milliseconds / 1e3 if on_gpu else 0.0
     timed = {"rounds": options.rounds, "seconds": seconds}
     rows, passed = [], []
+    folder = options.output_dir or Path("runs/bench")
     compression = _passes(options)
     progress = _Progress(len(chosen) + len(compression))
+
+    def table() -> str:
+        return _markdown(title, about, rows, passed, sheet, absent)
+
+    # Written after every row: a run that ends early keeps what it has.
     for product in chosen:
         row = measure(
             product, implementation, options.dtype, sets=0 if on_gpu else 2, **timed
         )
         rows.append(row)
+        report.write(folder, title, table(), rows, passed, about)
         progress.step(f"{product.layer}, {product.use.name}, n = {product.n}", row)
     for measure_pass, name in compression:
         row = measure_pass(**timed)
         passed.append(row)
+        report.write(folder, title, table(), rows, passed, about)
         progress.step(name, row)
     if on_gpu:
         about |= {f"{name} after": now for name, now in report.machine().items()}
-    text = _markdown(title, about, rows, passed, sheet, absent)
-    print(text, end="")
-    folder = options.output_dir or Path("runs/bench")
-    for path in report.write(folder, title, text, rows, passed, about):
+    print(table(), end="")
+    paths = report.write(folder, title, table(), rows, passed, about)
+    if rows and report.missing_plot() is None:
+        paths.append(folder / "bench.png")
+        report.plot(rows, title, paths[-1])
+    for path in paths:
         print(f"wrote {path}", file=sys.stderr)
     return _status([*rows, *passed])
 
@@ -120,6 +130,7 @@ def _passes(options) -> list[tuple[Any, str]]:
     return [
         (race_of(one, shape, dtype), f"{one.name}, {shape[0]}x{shape[1]} {dtype}")
         for one in passes.passes()
+        if not (options.quick and one.is_reference)
         for shape in (passes.MATRICES[:1] if options.quick else passes.MATRICES)
         for dtype in ("bfloat16", "float32")
     ]

@@ -99,7 +99,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--quick",
         action="store_true",
-        help="7 rounds, two sizes of each layer; with --tune, 12 Configs",
+        help="7 rounds, two sizes of each layer, kernels alone in compression; "
+        "with --tune, 12 Configs",
     )
     how.add_argument(
         "--tune",

@@ -230,7 +230,7 @@ def write(
     compression: Sequence[CompressionRow],
     about: dict[str, Any],
 ) -> list[Path]:
-    """Writes bench.md, bench.json and, where matplotlib is there, bench.png."""
+    """Writes bench.md and bench.json."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "bench.md", folder / "bench.json"]
     paths[0].write_text(text)
@@ -241,9 +241,6 @@ def write(
         "compression": [dataclasses.asdict(row) for row in compression],
     }
     paths[1].write_text(json.dumps(record, indent=1) + "\n")
-    if rows and missing_plot() is None:
-        paths.append(folder / "bench.png")
-        plot(rows, title, paths[-1])
     return paths
 
 

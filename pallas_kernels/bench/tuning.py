@@ -96,7 +96,10 @@ def tune(
     if best is None:
         return Tuned(None, tuple(wrong), tuple(failed))
     _, config, contender = best
-    times = race([entrants.dense, contender], rounds=rounds, seconds=seconds)
+    try:
+        times = race([entrants.dense, contender], rounds=rounds, seconds=seconds)
+    except jax.errors.JaxRuntimeError as error:  # a Config before it broke the device
+        return Tuned(None, tuple(wrong), (*failed, f"{error}"[:500]))
     measurement = Measurement(
         architecture=kernel,
         m=product.m,

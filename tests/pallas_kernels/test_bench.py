@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compress, devices, dispatch, measurements, reference
+from pallas_kernels.bench import __main__ as bench_main
 from pallas_kernels.bench import (
     contenders,
     passes,
@@ -22,6 +23,7 @@ from pallas_kernels.bench import (
 )
 from pallas_kernels.bench.__main__ import main
 from pallas_kernels.bench.contenders import Race
+from pallas_kernels.bench.options import parse
 from pallas_kernels.bench.products import FPROP, LAYERS, USES, Product
 from pallas_kernels.bench.report import CompressionRow, Row
 from pallas_kernels.bench.search import search_space
@@ -355,6 +357,32 @@ def test_the_pipeline_without_a_gpu(tmp_path, capsys):
     assert first["ratio"] == sorted(first["ratio"])
     assert record["machine"]["jax"] == jax.__version__
     assert "[2/2]" in err and "s left" in err
+
+
+def test_a_run_that_ends_early_keeps_its_rows(tmp_path, monkeypatch):
+    rows = iter([Row(SMALL, "bfloat16", "reference", status="cannot run: a reason")])
+
+    def interrupted(*_, **__):
+        for row in rows:
+            return row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_main, "measure", interrupted)
+    arguments = [*SHAPES, "--implementation", "reference", "--output-dir"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, str(tmp_path)])
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["products"]
+    assert row["status"] == "cannot run: a reason"
+    assert "cannot run: a reason" in (tmp_path / "bench.md").read_text()
+
+
+def test_a_quick_run_compresses_by_kernels_alone():
+    """XLA takes a minute for the passes of plain jnp, at 16 matrices each."""
+    suite = ["--suite", "compression"]
+    everything = bench_main._passes(parse(suite))
+    quick = bench_main._passes(parse([*suite, "--quick"]))
+    assert {name.split(",")[1] for _, name in everything} > {" reference"}
+    assert {name.split(",")[1] for _, name in quick} == {" mosaic", " triton"}
 
 
 @pytest.mark.slow
