@@ -358,13 +358,13 @@ def assert_good(kernel: ahead_of_time.Compiled, config: SM90Config):
     lines = [line.split("*/")[-1].strip() for line in kernel.sass.splitlines()]
     products = [line.split(", ")[1] for line in lines if "HGMMA.SP" in line]
     assert products and all(operand.startswith(operands) for operand in products)
-    assert not overwritten_metadata(lines)
+    assert not overwritten_operands(lines)
 
 
-def overwritten_metadata(lines: list[str]) -> list[str]:
-    """Instructions that may write the metadata of a product which has not ended.
+def overwritten_operands(lines: list[str]) -> list[str]:
+    """Instructions that may write metadata or A of a product which has not ended.
 
-    ptxas takes the register for free once the product is issued; CUTLASS never has two
+    ptxas takes a register for free once the product is issued; CUTLASS never has two
     sparse groups in flight. A branch back before the end counts, whatever it leads to.
     """
     offending, in_use, passed = [], set(), set()
@@ -373,6 +373,8 @@ def overwritten_metadata(lines: list[str]) -> list[str]:
             passed.add(label[1])
         if metadata := re.search(r"HGMMA\.SP.*, R(\d+), 0x[01]\b", line):
             in_use.add(int(metadata[1]))
+            if a := re.search(r"HGMMA\.SP\S* R\d+, R(\d+)", line):
+                in_use |= {*range(int(a[1]), int(a[1]) + 4)}
         elif line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"):
             in_use = set()
         elif in_use and (jump := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)):
@@ -386,14 +388,17 @@ def overwritten_metadata(lines: list[str]) -> list[str]:
     return offending
 
 
-def test_overwritten_metadata_is_found():
+def test_overwritten_operands_are_found():
     product = "HGMMA.SP.64x256x32.F32.BF16 R24, gdesc[UR16], R24, R153, 0x1, gsb0 ;"
     load, end = "LDSM.16.M88.2 R152, [R7] ;", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
     back = "@P2 BRA `(.L_x_10) ;"
-    assert not overwritten_metadata([".L_x_10:", load, product, end, back])
-    assert overwritten_metadata([product, load, end]) == [load]
+    assert not overwritten_operands([".L_x_10:", load, product, end, back])
+    assert overwritten_operands([product, load, end]) == [load]
     one = end.replace("0x0", "0x1")
-    assert overwritten_metadata([".L_x_10:", load, product, one, back]) == [back]
+    assert overwritten_operands([".L_x_10:", load, product, one, back]) == [back]
+    product = product.replace("gdesc[UR16]", "R12, gdesc[UR16]")
+    move = "MOV R15, R40 ;"
+    assert overwritten_operands([move, product, move, end, move]) == [move]
 
 
 @needs_compiler
