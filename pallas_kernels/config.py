@@ -144,8 +144,7 @@ class SM90Config:
                 "products of two steps are under way at a time: take 2 or more"
             )
         # setmaxnreg leaves 232 to a thread that multiplies; 32 are for addresses, the
-        # loop and the epilogue. Every tile up to this multiplies without spills; the
-        # copying warpgroup, with 40, may spill where LLVM unrolls its loop.
+        # loop, the bias and the epilogue. All tiles up to this compile without spills.
         _check_registers(self, limit=200)
         _check_shared_memory(self, limit=SHARED_MEMORY[9, 0])
 

@@ -48,6 +48,7 @@ from pallas_kernels.format import NMCompressed, pad, pad_to
 from pallas_kernels.reference import ACTIVATIONS, Form
 
 _COPYING = 2  # the warpgroup that does not multiply
+_GPCS = 8  # graphics processing clusters of Hopper
 
 
 def unavailable(a: NMCompressed, b: jax.Array, form: Form) -> str | None:
@@ -115,8 +116,19 @@ def gemm(
     # Interpreted, two clusters: each makes several tiles.
     clusters = 2
     if interpret is None:
-        clusters = ptx.multiprocessors() // config.cluster_m
+        clusters = clusters_at_once(ptx.multiprocessors(), config.cluster_m)
     return _gemm(a, b, bias, form, config, clusters, interpret)
+
+
+def clusters_at_once(multiprocessors: int, size: int) -> int:
+    """How many clusters of `size` blocks surely run side by side.
+
+    One more would begin when the others end, and double the time. A multiprocessor has
+    one block, a cluster lies in one GPC, and which multiprocessors of a GPC are turned
+    off varies, but always in pairs: clusters of 4 may leave two of each GPC unused.
+    """
+    unused = _GPCS * max(0, size - 2)
+    return max(1, -(-(multiprocessors - unused) // size))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -262,7 +274,8 @@ def _kernel(
                 window = pl.ds(row * rows, rows), pl.ds(i * columns, columns)
                 plgpu.copy_gmem_to_smem(source.at[window], target.at[s], full.at[s])
 
-        lax.fori_loop(0, steps, step, None)
+        # Unrolled, it would spill: this warpgroup has 40 registers.
+        lax.fori_loop(0, ptx.not_unrolled(steps), step, None)
 
     def product(step, acc, operand):
         """`acc + A · B` of a step; `operand(stage)` gives A's values and metadata."""
@@ -319,33 +332,42 @@ def _kernel(
         acc = jnp.zeros((half, block_n), jnp.float32)
         return plgpu.layout_cast(acc, wgmma.WGMMA_ACC)
 
-    def write(acc, row, column):
-        acc = plgpu.layout_cast(acc, wgmma.WGMMA)
+    def window(row, column, j):
+        """The warpgroup's rows, and the columns of a slice, from the tile's column j."""
         rows = pl.ds(row * block_m + warpgroup * half, half)
+        return rows, pl.ds(column * block_n + j, _slice_width(form, config))
+
+    def load_bias(row, column, j=0):
+        """The bias of a slice of D; along M it is that of every slice of the tile."""
+        if not bias_gmem:
+            return None
+        rows, columns = window(row, column, j)
+        entries, summed = (rows, 1) if form.bias_along_m else (columns, 0)
+        return ptx.load(bias_gmem[0].at[entries], wgmma.WGMMA.reduce(summed))
+
+    def write(acc, bias, row, column):
+        acc = plgpu.layout_cast(acc, wgmma.WGMMA)
         width = _slice_width(form, config)
-        bias = None
-        if bias_gmem and form.bias_along_m:
-            bias = ptx.load(bias_gmem[0].at[rows], wgmma.WGMMA.reduce(1))
         for j in range(0, block_n, width):
-            columns = pl.ds(column * block_n + j, width)
             part = acc[:, j : j + width]
-            if bias_gmem and not form.bias_along_m:
-                bias = ptx.load(bias_gmem[0].at[columns], wgmma.WGMMA.reduce(0))
             if bias is not None:
                 axis = 0 if form.bias_along_m else 1
                 part += lax.broadcast_in_dim(bias, part.shape, (axis,))
+            if not form.bias_along_m and j + width < block_n:
+                bias = load_bias(row, column, j + width)  # arrives meanwhile
             part = ACTIVATIONS[form.activation](part).astype(form.out_dtype)
             # The slice before last has been read: two take turns.
             plgpu.wait_smem_to_gmem(1 if j else 0, wait_read_only=True)
             target = d_smem.at[warpgroup, j // width % 2]
+            rows, columns = window(row, column, j)
             if form.out_is_nm:
                 wgmma.store_transposed(target, part)
-                window = columns, rows
+                out = d_gmem.at[columns, rows]
             else:
                 target[...] = part
-                window = rows, columns
+                out = d_gmem.at[rows, columns]
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(target, d_gmem.at[window])
+            plgpu.copy_smem_to_gmem(target, out)
 
     @pl.when(warpgroup == _COPYING)
     def _():
@@ -364,5 +386,10 @@ def _kernel(
             "shared": multiply_from_shared,
             "registers": multiply_from_registers,
         }[config.a_from]
-        for_tiles(lambda row, column, first: write(multiply(row, first), row, column))
+
+        def make(row, column, first):
+            bias = load_bias(row, column)  # arrives while the tile is multiplied
+            write(multiply(row, first), bias, row, column)
+
+        for_tiles(make)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

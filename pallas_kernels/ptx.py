@@ -165,6 +165,25 @@ def instruction(name: str, meaning: Callable, lower: Callable) -> Primitive:
     return primitive
 
 
+def not_unrolled(count: int) -> jax.Array:
+    """The trips of a loop, int32, as a value that LLVM does not know."""
+    return _NOT_UNROLLED.bind(jnp.int32(count))
+
+
+def _not_unrolled(count):
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(
+        i32,
+        [utils.c(int(count), i32)],
+        "mov.b32 $0, $1;",
+        "=r,r",
+        has_side_effects=False,
+    )
+
+
+_NOT_UNROLLED = instruction("not_unrolled", lambda count: count, _not_unrolled)
+
+
 def metadata_layout(m_warps: int = 4) -> Any:
     """Metadata words `(M/2, K/16)`, lane 4g + t holding the word (8b + g, 4s + t).
 

@@ -1,5 +1,6 @@
 """The Hopper GEMM: interpreted with race detection, emulated, compiled with no GPU."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -135,6 +136,20 @@ def test_nothing_to_multiply():
     b = jnp.ones((3, 0), jnp.bfloat16)
     out = matmul_sm90.gemm(a, b, None, Form(), interpret=ptx.interpreter())
     np.testing.assert_array_equal(np.asarray(out, np.float32), np.zeros((3, 16)))
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 114, 78, 18, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_clusters_that_run_at_once(multiprocessors, size):
+    """As few as the worst floor plan of eight GPCs, of up to nine pairs each, takes."""
+    fewest = {0: 0}  # clusters that fit, by the multiprocessors of the GPCs so far
+    for _ in range(8):
+        grown = collections.defaultdict(list)
+        for (count, fit), gpc in itertools.product(fewest.items(), range(0, 19, 2)):
+            grown[count + gpc].append(fit + gpc // size)
+        fewest = {count: min(fits) for count, fits in grown.items()}
+    expected = max(1, fewest[multiprocessors])
+    assert matmul_sm90.clusters_at_once(multiprocessors, size) == expected
 
 
 @pytest.fixture
