@@ -129,11 +129,10 @@ def _describe(compared, options, data, say) -> None:
     """
     sparse = [arm for arm in compared if arm.method.patterns != ()]
     for arm in sparse:
-        run = options_of(arm, options, 0, 0)
-        rules = single.sparsity_rules(run)
-        plan = nmjax.plan(single.make_model(run, data), rules, single.example(data))
-        if not plan.sparse:
-            raise ValueError(f"{arm.label} fits no layer of {run.model.model}")
+        try:
+            single.plan_of(options_of(arm, options, 0, 0), data)
+        except ValueError as error:
+            raise ValueError(f"{arm.label}: {error}") from None
     shown = (sparse or compared)[0]
     single.describe(options_of(shown, options, 0, 0), data, say)
 

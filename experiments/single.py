@@ -220,11 +220,11 @@ def run_folder(options: Options) -> Path:
     return folder
 
 
-def describe(options: Options, data: datasets.Data, say: Callable[[str], None]):
-    """Plans the network and says what is about to be trained, computing nothing.
+def plan_of(options: Options, data: datasets.Data) -> nmjax.Plan:
+    """What the options make of the network, computing nothing.
 
     Raises:
-      ValueError: The rules do not fit the model.
+      ValueError: The rules do not fit the model, or no layer of it.
     """
     model, rules = make_model(options, data), sparsity_rules(options)
     try:
@@ -233,6 +233,24 @@ def describe(options: Options, data: datasets.Data, say: Callable[[str], None]):
         raise ValueError(
             f"{error}\nHere, rules are made by --dense REGEX ... and --ineligible"
         ) from None
+    if rules and not plan.sparse:
+        reasons = "".join(f"\n  {entry.path}: {entry.reason}" for entry in plan)
+        given = options.sparsity
+        raise ValueError(
+            f"--recipe {given.recipe} --pattern {given.pattern} fits no layer of "
+            f"{options.model.model}; take another pattern, or --recipe dense:{reasons}"
+        )
+    return plan
+
+
+def describe(options: Options, data: datasets.Data, say: Callable[[str], None]):
+    """Says what is about to be trained, computing nothing.
+
+    Raises:
+      ValueError: As `plan_of`.
+    """
+    plan = plan_of(options, data)
+    model, rules = make_model(options, data), sparsity_rules(options)
     # The sparse model's init, because it logs now what it would log in mid-training.
     init = nmjax.sparsify(model, rules).init
     params = jax.eval_shape(init, jax.random.key(0), example(data))["params"]

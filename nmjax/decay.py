@@ -36,8 +36,9 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
 
     Args:
       plan: The plan.
-      decay: λ for all of them, a number or a schedule (of the update count); None =
-        each recipe's own.
+      decay: λ for all of them, a number, a traced scalar (as of
+        `optax.inject_hyperparams`) or a schedule (of the update count); None = each
+        recipe's own.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its update takes the parameters, and
@@ -55,7 +56,7 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
         for path, sparsity in sparse.items()
         if sparsity.recipe.decay_in == "optimizer"
         and sparsity.recipe.masks_weight
-        and (sparsity.recipe.decay if decay is None else decay)
+        and (sparsity.recipe.decay if decay is None else not _is_zero(decay))
     }
 
     def init(params):
@@ -85,6 +86,11 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
         return map_named(add, updates), AddDecayState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_zero(decay: Any) -> bool:
+    """Whether a decay is known to be none: a traced one is not."""
+    return isinstance(decay, int | float) and decay == 0
 
 
 def choose_decay(

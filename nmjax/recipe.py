@@ -353,6 +353,6 @@ def _require_number(name: str, value: Any) -> None:
             "nmjax.add_decay(plan, schedule)"
         )
         hint = hint if name == "decay" else ""
-        raise ValueError(f"{name} must be a number, got {value!r}{hint}")
+        raise ValueError(f"{name} must be a Python number, got {value!r}{hint}")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value}")

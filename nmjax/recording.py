@@ -51,27 +51,29 @@ def find_candidates(
     """
     found: dict[str, dict[str, Any]] = {}
     recording = _RECORDING.set(True)
-    stored: dict[str, Any] = {}
     token = object()  # in every box: a cached inner jit would not call the interceptor
 
-    def note(next_function, call_args, call_kwargs, context):
-        layer = context.module
-        if isinstance(layer, (nn.WeightNorm, nn.SpectralNorm)):
-            raise PlanError(
-                f"{'/'.join(layer.path)}: {type(layer).__name__} rewrites the weights "
-                "of the layer inside it, which nmjax.sparsify cannot follow; mask them "
-                "with nmjax.plan_params and nmjax.sparsify_params"
-            )
-        if context.method_name == "__call__" and layer.scope is not None:
-            _note_layer(found, layer, call_args, call_kwargs, stored)
-        result = next_function(*call_args, **call_kwargs)
-        _note_own_parameters(found, layer)
-        return result
-
     def run(variables):
+        stored: dict[str, Any] = {}  # gone with the trace: `jax.checking_leaks` looks
+
         def tagged(path, leaf):
             stored[path] = leaf
             return _Tag(leaf, (token, path, leaf.ndim, tuple(range(-leaf.ndim, 0))))
+
+        def note(next_function, call_args, call_kwargs, context):
+            layer = context.module
+            if isinstance(layer, (nn.WeightNorm, nn.SpectralNorm)):
+                raise PlanError(
+                    f"{'/'.join(layer.path)}: {type(layer).__name__} rewrites the "
+                    "weights of the layer inside it, which nmjax.sparsify cannot "
+                    "follow; mask them with nmjax.plan_params and "
+                    "nmjax.sparsify_params"
+                )
+            if context.method_name == "__call__" and layer.scope is not None:
+                _note_layer(found, layer, call_args, call_kwargs, stored)
+            result = next_function(*call_args, **call_kwargs)
+            _note_own_parameters(found, layer)
+            return result
 
         params = map_named(tagged, variables["params"], keep_boxes=False)
         with nn.intercept_methods(note):

@@ -362,5 +362,11 @@ def _sparse_weights(params: Any, plan: Plan) -> Iterator[tuple[Sparsity, jax.Arr
                 f"{entry.path}: the plan was made for shape {entry.shape}, the "
                 f"parameter has {np.shape(w)}; make the plan anew"
             )
+        if isinstance(w, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{entry.path} is abstract, and masks are of values: for shapes alone "
+                "call this inside jax.eval_shape (nnx.eval_shape for a model), the "
+                "parameters among its arguments or made there"
+            )
         check_entry_sharding(entry, w)
         yield Sparsity.of(entry), jnp.asarray(w)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 from flax import linen as nn
 from flax.core import DenyList
-from jax.core import Tracer
 
 from nmjax.linen import hook_boxed_layers
 from nmjax.paths import named_leaves
@@ -36,6 +35,8 @@ def plan(model: Any, rules: Rules, *args: Any, **kwargs: Any) -> Plan:
       rules: A sequence of `nmjax.Rule`, first match wins; or "2:4", short for
         `[Rule(".*", "2:4", ineligible="dense")]`.
       *args: Example arguments of the linen model, arrays or `jax.ShapeDtypeStruct`.
+        As under `jax.jit`, a model may branch on values that are not jax's: Python's
+        and NumPy's.
       **kwargs: Example keyword arguments, such as `train=False`.
 
     Returns:
@@ -144,7 +145,7 @@ def _sparse_class(base: type, rules: tuple[Rule, ...]) -> type:
     attributes = {
         "nm_base": base,
         "nm_rules": rules,
-        "nm_plans": {},
+        "nm_said": set(),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -162,7 +163,7 @@ class _SparseModel(_Base):
 
     nm_base: type
     nm_rules: tuple[Rule, ...]
-    nm_plans: dict[Any, Plan]
+    nm_said: set[Plan]
 
     def __post_init__(self):
         super().__post_init__()
@@ -180,6 +181,9 @@ class _SparseModel(_Base):
     @nn.nowrap
     def apply(self, variables, *args, **kwargs):
         """As the model's own `apply`, with more to read.
+
+        Each call first traces the model for the layers that it reaches, so even outside
+        `jax.jit` a model may not branch on the values of jax arrays.
 
         The collection "nm" is the state, "nm_logits" what `nmjax.init_logits` made; the
         key `rngs={"nm": key}` is for recipes that draw, in training.
@@ -252,9 +256,12 @@ def _rngs(rngs: Any) -> Any:
 
 
 def _split_arrays(tree: Any) -> tuple[list[Any], Any]:
-    """The arrays of a tree, and a function that rebuilds the tree around others."""
+    """The arrays of a tree, and a function that rebuilds the tree around others.
+
+    NumPy's are values to a model, whose control flow may depend on them.
+    """
     leaves, treedef = jax.tree.flatten(tree)
-    is_array = tuple(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves)
+    is_array = [isinstance(x, jax.Array | jax.ShapeDtypeStruct) for x in leaves]
 
     def rebuild(arrays):
         arrays = iter(arrays)
@@ -265,27 +272,14 @@ def _split_arrays(tree: Any) -> tuple[list[Any], Any]:
 
 
 def _plan_of_call(model, dense, variables, args, kwargs) -> Plan:
-    """The plan that one call of a sparse model follows; remembered for eager calls."""
-    leaves, treedef = jax.tree.flatten((variables, args, kwargs))
-    if any(isinstance(leaf, Tracer) for leaf in leaves):
-        return _make_plan_of_call(model, dense, variables, args, kwargs)
-    key = (
-        dense,
-        treedef,
-        tuple(jax.typeof(x) if hasattr(x, "shape") else x for x in leaves),
-    )
-    plans = type(model).nm_plans
-    try:
-        if key in plans:
-            return plans[key]
-    except TypeError:  # a field of the model, or an argument, is not hashable
-        return _make_plan_of_call(model, dense, variables, args, kwargs)
-    plans[key] = _make_plan_of_call(model, dense, variables, args, kwargs)
-    return plans[key]
+    """The plan that one call of a sparse model follows.
 
-
-def _make_plan_of_call(model, dense, variables, args, kwargs) -> Plan:
-    candidates = find_candidates(dense, variables, args, kwargs)
-    plan = make_plan(candidates, model.nm_rules)
-    log_dense_layers(plan)
+    Made anew at each call, eager ones too: which layers a call reaches may depend on
+    more than its arguments show.
+    """
+    plan = make_plan(find_candidates(dense, variables, args, kwargs), model.nm_rules)
+    said = type(model).nm_said
+    if plan not in said:
+        said.add(plan)
+        log_dense_layers(plan)
     return plan

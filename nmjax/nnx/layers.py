@@ -335,7 +335,7 @@ def kept_entry(layer: Any, path: str) -> dict[str, jax.Array]:
     for name in _KEPT:
         variable = getattr(layer, f"nm_{name}")
         if variable is not None:
-            entry[name] = variable[...]
+            entry[name] = variable.get_value()
         elif name in recipe.state_names:
             raise ValueError(
                 f"{path}: recipe {recipe.name!r} keeps its {name} in the state and "

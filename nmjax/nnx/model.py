@@ -132,7 +132,7 @@ def logits(model: nnx.Module) -> dict[Any, Any]:
       Nested dictionaries, in the form of `nmjax.init_logits`.
     """
     found = {
-        path: weight.layers[0].nm_logits[...]
+        path: weight.layers[0].nm_logits.get_value()
         for path, weight in find_weights(model).items()
         if weight.layers and getattr(weight.layers[0], "nm_logits", None) is not None
     }
@@ -177,7 +177,7 @@ def state(model: nnx.Module) -> NMState:
         entry = kept_entry(layer, path)
         flat[path] = {name: x for name, x in entry.items() if name != "logits"}
         if layer.nm_flip_rate is not None:
-            flat[path]["flip_rate"] = layer.nm_flip_rate[...]
+            flat[path]["flip_rate"] = layer.nm_flip_rate.get_value()
     return nest(flat)
 
 

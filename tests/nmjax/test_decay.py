@@ -71,6 +71,18 @@ def test_a_number_replaces_the_recipes_own(rng):
     np.testing.assert_array_equal(updates["w"], expected)
 
 
+def test_a_number_may_change_while_training(rng):
+    params = {"w": dyadic(rng, 8, 4)}
+    make = optax.inject_hyperparams(nmjax.add_decay, static_args=("plan",))
+    tx = make(plan_of(params), decay=2.0)
+    update, state = jax.jit(tx.update), tx.init(params)
+    dropped = oracle.masked(params["w"], ~mask_of(params["w"]))
+    for decay in (2.0, 0.5, 0.0):
+        state.hyperparams["decay"] = jnp.asarray(decay)
+        updates, state = update({"w": jnp.zeros((8, 4))}, state, params)
+        np.testing.assert_array_equal(updates["w"], decay * dropped)
+
+
 def test_a_schedule_sees_the_number_of_updates(rng):
     params = {"w": dyadic(rng, 8, 4)}
     tx = nmjax.add_decay(plan_of(params), decay=lambda count: 2.0**count)

@@ -140,7 +140,7 @@ changed = dataclasses.replace
         (lambda: recipes.sr_ste("2:4", decay=-1e-4), "decay must be .* got -0.0001"),
         (lambda: recipes.sr_ste("2:4", decay=float("nan")), "decay must be .* got nan"),
         (lambda: recipes.sr_ste("2:4", decay=float("inf")), "decay must be .* got inf"),
-        (lambda: recipes.sr_ste("2:4", decay="1e-4"), "decay must be a number"),
+        (lambda: recipes.sr_ste("2:4", decay="1e-4"), "decay must be a Python number"),
         (lambda: recipes.sr_ste("2:4", decay=lambda step: 1e-4), "add_decay"),
         (
             lambda: recipes.sr_ste("2:4", decay_in="loss"),

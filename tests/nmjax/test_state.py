@@ -364,6 +364,12 @@ def test_parameters_that_are_not_those_of_the_plan(params):
             function({"params": params})
 
 
+def test_abstract_parameters_are_refused_outside_a_trace(params):
+    abstract = jax.eval_shape(lambda: params)
+    with pytest.raises(ValueError, match="is abstract, .* inside jax.eval_shape"):
+        nmjax.init_state(abstract, plan_params(abstract, RULES))
+
+
 def test_a_state_that_lacks_a_mask_is_refused(params):
     plan = plan_params(params, RULES)
     state = nmjax.init_state(params, plan)

@@ -359,6 +359,37 @@ def test_a_sparse_model_inside_another_or_bound_raises():
         sparse.bind(variables)
 
 
+class Skips(nn.Module):
+    """Runs the layers that its argument says, which jax does not see."""
+
+    @nn.compact
+    def __call__(self, x, runs):
+        for i, run in enumerate(runs):
+            x = nn.Dense(8, name=f"layer_{i}")(x) if run else x
+        return x
+
+
+@pytest.mark.parametrize("kind", [np.array, tuple])
+def test_layers_that_an_earlier_call_skipped_are_sparse(kind):
+    x = mlp_case()[1]
+    both, first = kind([True, True]), kind([True, False])
+    model = nmjax.sparsify(Skips(), "2:4")
+    variables = model.init(jax.random.key(0), x, both)
+    plan = nmjax.plan(Skips(), "2:4", x, both)
+    assert len(plan.sparse) == 2
+    baked = {"params": nmjax.bake(variables["params"], plan)}
+    for runs in (first, both):
+        out = model.apply(variables, x, runs)
+        np.testing.assert_array_equal(out, Skips().apply(baked, x, runs))
+
+
+def test_no_tracer_is_left_over():
+    variables, x = mlp_case()
+    with jax.checking_leaks():
+        assert len(nmjax.plan(Mlp(), RULES, x).sparse) == 2
+        jax.jit(nmjax.sparsify(Mlp(), RULES).apply)(variables, x)
+
+
 # Promise 3: one mask, also in bfloat16
 
 

@@ -98,6 +98,18 @@ def test_the_original_stays_dense_and_learns_along():
     assert type(model.q) is nnx.LinearGeneral
 
 
+def test_a_model_may_be_abstract():
+    """What Orbax restores into."""
+
+    def make():
+        layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        return nmjax.sparsify(layer, [nmjax.Rule(".*", FROZEN)])
+
+    abstract = nmjax.nnx.state(nnx.eval_shape(make))
+    assert abstract == jax.eval_shape(lambda: nmjax.nnx.state(make()))
+    assert abstract["kernel"]["mask"].shape == (8, 8)
+
+
 def test_no_trace_is_left_over():
     model, x = build("nnx_mixer")
     dense = forward(model, x)
