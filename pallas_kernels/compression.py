@@ -53,7 +53,8 @@ def compress_magnitude(
     ties with 0.0, subnormal numbers differ, infinities are largest, NaN is smallest.
 
     The gradient of the values reaches the kept entries of `w`. `jax.vmap` runs a kernel
-    once for each matrix.
+    once for each matrix. Inside `jax.shard_map`, parts that are to be joined must hold
+    whole metadata words: 16 rows, and 64 of k, or multiples.
 
     Args:
       w: One matrix, `(k, rows)` or with `axis=-1` `(rows, k)`; float32, bfloat16 or
@@ -92,7 +93,8 @@ def compress_transposable(
     """Compresses W and Wᵀ under the best 2:4 mask that serves both (arXiv:2102.08124).
 
     In every 4x4 tile the mask keeps two entries in each row and column, with the
-    largest sum of magnitudes; `tile_selection.transposable_2to4` chooses it, exactly.
+    largest sum of magnitudes, as float32 sums them; `tile_selection.transposable_2to4`
+    chooses it, and says what counts at the ends of the range.
     The gradient of both reaches the kept entries of `w`.
 
     Args:
@@ -142,6 +144,7 @@ def _checked(w: jax.Array, dtype: Any, axes: tuple[int, ...]) -> tuple[jax.Array
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _compress(w, name, dtype, axis, at_most) -> list[NMCompressed]:
     """The compressed forms of `w`, each of its shape: with axis=None W and (Wᵀ)ᵀ."""
+    name = name if w.size else "reference"
     if axis is not None:
         if name == "reference":
             compressed = reference.compress_2to4(w if axis == -1 else w.T, dtype)

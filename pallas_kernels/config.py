@@ -366,9 +366,9 @@ def _stage_bytes(config: Any, *, a_in_shared_memory: bool) -> int:
 def _check_multiples(config: Any, **multiples: int) -> None:
     for name, multiple in multiples.items():
         value = getattr(config, name)
-        if value <= 0 or value % multiple:
+        if not isinstance(value, int) or value <= 0 or value % multiple:
             raise ValueError(
-                f"{config}: {name} = {value}, expected a positive multiple of "
+                f"{config}: {name} = {value!r}, expected a positive multiple of "
                 f"{multiple}"
             )
 
@@ -380,8 +380,10 @@ def _check_choice(config: Any, name: str, choices: tuple) -> None:
 
 
 def _check_stages(config: Any) -> None:
-    if config.stages < 1:
-        raise ValueError(f"{config}: stages = {config.stages}, expected at least 1")
+    if not isinstance(config.stages, int) or config.stages < 1:
+        raise ValueError(
+            f"{config}: stages = {config.stages!r}, expected at least 1, a whole number"
+        )
 
 
 def _check_registers(config: Any, *, limit: int) -> None:

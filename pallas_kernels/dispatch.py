@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import measurements
+from pallas_kernels import measurements, reference
 from pallas_kernels.config import Config
 from pallas_kernels.devices import DATA_SHEETS, Device, data_sheet, this_device
 from pallas_kernels.format import NMCompressed
@@ -42,11 +42,8 @@ class Choice:
 
 def choose(a: NMCompressed, b: jax.Array, form: Form) -> Choice:
     """What `nm_matmul` runs for A · B where it is free to choose."""
-    if a.pattern != (2, 4):
-        n, m = a.pattern
-        return Choice(
-            "reference", f"no instruction multiplies {n}:{m}, only 2:4: dense product"
-        )
+    if reason := reference.unsupported(a, b, form):
+        return Choice("reference", f"{reason}: decompressing, then a dense product")
     device = this_device()
     m, k = a.shape
     n = b.shape[-1 if form.b_is_kn else -2]
@@ -126,8 +123,14 @@ def explain(
         `devices.DATA_SHEETS` does ("h200").
 
     Raises:
-      ValueError: The device has no such name.
+      ValueError: The device has no such name, or the sizes cannot be.
+      TypeError: There is no such dtype.
     """
+    if min(m, n, k) < 0 or k % 4:
+        raise ValueError(f"m, n, k = {m}, {n}, {k}: expected sizes, k a multiple of 4")
+    form = form or Form()
+    values: Any = jax.ShapeDtypeStruct((m, k // 2), jnp.dtype(dtype))
+    a = NMCompressed(values, metadata=values, axis=-1)  # of which none is read
     where = this_device()
     if device is not None and (where is None or device != where.name):
         where = data_sheet(device)
@@ -136,7 +139,10 @@ def explain(
                 f"device={device!r}: expected None, this device's name, or one of "
                 f"{[*DATA_SHEETS]}"
             )
-    choice = judge(m, n, k, dtype=dtype, form=form or Form(), device=where)
+    if reason := reference.unsupported(a, values, form):
+        choice = Choice("reference", f"{reason}: decompressing, then a dense product")
+    else:
+        choice = judge(m, n, k, dtype=dtype, form=form, device=where)
     name = where.name if where else jax.devices()[0].device_kind
     return f"{name}: {choice.name}; {choice.reason}"
 

@@ -103,21 +103,9 @@ class NMCompressed:
             row and group of the first one.
         """
         n, m = self.pattern
-        _check_pattern((n, m))
         if self.axis not in (-1, -2):
             raise ValueError(f"axis must be -1 or -2, got {self.axis}")
-        if self.ndim < 2 or self.values.shape[-1] % n:
-            raise ValueError(
-                f"values of shape {self.values.shape} are no whole groups of {n}"
-            )
-        rows, groups = self.values.shape[-2], self.values.shape[-1] // n
-        dtype, shape = _metadata_type((n, m), rows, groups)
-        expected = (*self.values.shape[:-2], *shape)
-        if self.metadata.shape != expected or self.metadata.dtype != dtype:
-            raise ValueError(
-                f"metadata are {self.metadata.dtype}{self.metadata.shape}; values of "
-                f"shape {self.values.shape} in {n}:{m} need {dtype}{expected}"
-            )
+        check_shapes(self)
         found = np.asarray(positions(self))
         wrong = found[..., -1] >= m
         wrong |= (np.diff(found.astype(np.int32), axis=-1) <= 0).any(-1)
@@ -130,6 +118,29 @@ class NMCompressed:
                 f"{found[(*batch, row, group)].tolist()}, expected {n} increasing "
                 f"positions below {m}"
             )
+
+
+def check_shapes(compressed: NMCompressed) -> None:
+    """Raises unless values and metadata have shapes and dtypes that belong together.
+
+    Under `jax.jit` too, where `NMCompressed.validate` cannot read the metadata.
+
+    Raises:
+      ValueError: They have not, or the pattern is none.
+    """
+    values, metadata = compressed.values, compressed.metadata
+    n, m = _check_pattern(compressed.pattern)
+    if values.ndim < 2 or values.shape[-1] % n:
+        raise ValueError(f"values of shape {values.shape} are no whole groups of {n}")
+    dtype, shape = _metadata_type((n, m), values.shape[-2], values.shape[-1] // n)
+    expected = (*values.shape[:-2], *shape)
+    if metadata.shape != expected or metadata.dtype != dtype:
+        raise ValueError(
+            f"metadata are {metadata.dtype}{metadata.shape}; values of shape "
+            f"{values.shape} in {n}:{m} need {dtype}{expected}. Matrices that were "
+            "compressed in parts have to be joined between whole words: for 2:4, parts "
+            "of 16 rows and 64 columns of the group axis, or multiples"
+        )
 
 
 def compress(
@@ -146,8 +157,8 @@ def compress(
     ones, at the first positions that the mask drops.
 
     Args:
-      w: Dense matrix `(..., k, rows)`, or `(..., rows, k)` with `axis=-1`; any dtype
-        of one, two or four bytes. Leading axes are batch axes.
+      w: Dense matrix `(..., k, rows)`, or `(..., rows, k)` with `axis=-1`; any real
+        dtype of one, two or four bytes. Leading axes are batch axes.
       mask: Bool, the shape of `w`, True = kept; at most n of every group of m.
       pattern: `"n:m"` or anything that prints so, n kept of every m.
       axis: The group axis, the one that the GEMM contracts: -2 or -1.
@@ -163,6 +174,7 @@ def compress(
     """
     n, m = _check_pattern(pattern)
     w, mask = jnp.asarray(w), jnp.asarray(mask)
+    dtype = jnp.dtype(dtype or w.dtype)
     if axis not in (-1, -2):
         raise ValueError(
             f"axis must be -1 or -2, got {axis}: groups run along one of the last two"
@@ -172,6 +184,8 @@ def compress(
             f"expected a matrix and a bool mask of its shape, got w of shape {w.shape} "
             f"and a mask {mask.dtype}{mask.shape}"
         )
+    if any(jnp.issubdtype(d, jnp.complexfloating) for d in (w.dtype, dtype)):
+        raise ValueError(f"w is {w.dtype}, stored as {dtype}: expected real numbers")
     if w.shape[axis] % m:
         raise ValueError(
             f"axis {axis} of shape {w.shape} has size {w.shape[axis]}, not a multiple "
@@ -185,7 +199,7 @@ def compress(
                 f"the mask keeps {most} of {m} entries in a group, more than n = {n} "
                 f"(pattern {n}:{m})"
             )
-    return _compress(w, mask, (n, m), axis, jnp.dtype(dtype or w.dtype))
+    return _compress(w, mask, (n, m), axis, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "axis", "dtype"))
@@ -197,8 +211,8 @@ def _compress(w, mask, pattern, axis, dtype) -> NMCompressed:
     slot = jnp.zeros_like(missing)  # where the next stored entry goes
     w = _movable(w.astype(dtype))
     zero = jnp.zeros((), w.dtype)
-    values = [jnp.zeros(slot.shape, w.dtype)] * n
-    places = [jnp.zeros(slot.shape, jnp.uint8)] * n
+    values = [jnp.zeros_like(slot, w.dtype)] * n
+    places = [jnp.zeros_like(slot, jnp.uint8)] * n
     for j, column in enumerate(_group_columns(w, m, axis)):
         filler = ~kept[j] & (missing > 0)
         missing = missing - filler.astype(jnp.int32)
@@ -211,7 +225,7 @@ def _compress(w, mask, pattern, axis, dtype) -> NMCompressed:
         slot = slot + stored.astype(jnp.int32)
     last = (lambda x: jnp.swapaxes(x, -1, -2)) if axis == -2 else (lambda x: x)
     stacked = jnp.stack([last(v) for v in values], axis=-1)  # (..., rows, groups, n)
-    flat = _moved(stacked.reshape(*stacked.shape[:-2], -1), dtype)
+    flat = _moved(_joined(stacked), dtype)
     metadata = pack(jnp.stack([last(p) for p in places], axis=-1), pattern)
     return NMCompressed(flat, metadata, pattern, axis)
 
@@ -222,18 +236,18 @@ def decompress(compressed: NMCompressed) -> jax.Array:
 
     Metadata are taken as they are: `NMCompressed.validate` judges them.
     """
+    check_shapes(compressed)
     n, m = compressed.pattern
-    values = _movable(compressed.values)
-    values = values.reshape(*values.shape[:-1], -1, n)  # (..., rows, groups, n)
+    values = _cut(_movable(compressed.values), n)  # (..., rows, groups, n)
     places = positions(compressed)
     columns = []
     for j in range(m):
-        column = jnp.zeros(values.shape[:-1], values.dtype)
+        column = jnp.zeros_like(values[..., 0])
         for s in range(n):
             column = jnp.where(places[..., s] == j, values[..., s], column)
         columns.append(column)
     dense = jnp.stack(columns, axis=-1)
-    dense = _moved(dense.reshape(*dense.shape[:-2], -1), compressed.dtype)
+    dense = _moved(_joined(dense), compressed.dtype)
     return jnp.swapaxes(dense, -1, -2) if compressed.axis == -2 else dense
 
 
@@ -260,7 +274,7 @@ def positions(compressed: NMCompressed) -> jax.Array:
     bits = _bits(compressed.pattern)
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
     places = (compressed.metadata[..., None] >> shifts) & jnp.uint8(2**bits - 1)
-    return places.reshape(*batch, rows, -1)[..., :kept].reshape(*batch, rows, -1, n)
+    return _cut(_joined(places)[..., :kept], n)
 
 
 def pack(places: jax.Array, pattern: tuple[int, int]) -> jax.Array:
@@ -268,9 +282,7 @@ def pack(places: jax.Array, pattern: tuple[int, int]) -> jax.Array:
     if pattern == (2, 4):
         return words_of_nibbles(places[..., 0] | (places[..., 1] << 2))
     bits = _bits(pattern)
-    places = places.reshape(*places.shape[:-2], -1)  # (..., rows, kept)
-    places = pad_to(places, (1, 8 // bits))
-    places = places.reshape(*places.shape[:-1], -1, 8 // bits)
+    places = _cut(pad_to(_joined(places), (1, 8 // bits)), 8 // bits)
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
     return (places << shifts).sum(-1, dtype=jnp.uint8)
 
@@ -346,10 +358,20 @@ def _moved(x: jax.Array, dtype: Any) -> jax.Array:
 def _group_columns(x: Any, m: int, axis: int) -> list[Any]:
     """The m arrays of first, second, ... entries of the groups along `axis`."""
     if axis == -1:
-        groups = x.reshape(*x.shape[:-1], -1, m)
+        groups = _cut(x, m)
         return [groups[..., j] for j in range(m)]  # (..., rows, groups)
-    groups = x.reshape(*x.shape[:-2], -1, m, x.shape[-1])
+    *batch, k, rows = x.shape
+    groups = x.reshape(*batch, k // m, m, rows)
     return [groups[..., j, :] for j in range(m)]  # (..., groups, rows)
+
+
+def _cut(x: Any, size: int) -> Any:
+    """The last axis as groups of `size`; `_joined` undoes it."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
+def _joined(x: Any) -> Any:
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def pad_to(x: jax.Array, multiples: Sequence[int], value: int = 0) -> jax.Array:

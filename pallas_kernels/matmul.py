@@ -18,6 +18,7 @@ side lies in memory transposed, or the result should, `transpose_dense` and
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -29,7 +30,7 @@ from jax.sharding import AxisType
 from pallas_kernels import dispatch, reference
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.dispatch import kernel as _kernel
-from pallas_kernels.format import NMCompressed
+from pallas_kernels.format import NMCompressed, check_shapes
 from pallas_kernels.partitioning import axis_types, partitioned_gemm
 from pallas_kernels.reference import ACTIVATIONS, Activation, Form
 
@@ -59,13 +60,18 @@ def nm_matmul(
     (`partitioning.py`), the compressed side between whole metadata words, and each part
     is chosen for by its own sizes; inside `jax.shard_map` it is called with a part. On
     a mesh with Explicit axes, or with Manual and Auto ones, XLA cannot cut a kernel:
-    every device makes the whole product.
+    every device makes the whole product. Explicit axes may cut the compressed side from
+    jax 0.11 on, and of leading axes the first alone; `jax.shard_map` has no such limit.
+
+    What an infinity or NaN of the dense side gives where it meets dropped entries alone
+    differs: by the reference 0 · inf = NaN, while an instruction does not read it.
 
     Args:
       lhs: `(..., m, k)`; or compressed, one matrix `(m, k)` with `axis=-1`.
       rhs: `(k, n)`; or compressed, `(k, n)` with `axis=-2`. Exactly one side is
-        compressed, and both have one dtype.
-      bias: `(n,)`, any floating dtype.
+        compressed, and both have one dtype, of at most four bytes.
+      bias: `(n,)`, any floating dtype, or for int8 an integer one; added in float32,
+        integers to integers in int32.
       activation: "gelu" (the tanh approximation), "relu", "squared_relu" or None.
       implementation: "sm80" (Ampere and later), "sm90" (Hopper), "sm100" (Blackwell)
         run that kernel or raise; "reference" decompresses and multiplies, anywhere.
@@ -83,14 +89,15 @@ def nm_matmul(
       NotImplementedError: `implementation` cannot run here or does not take these
         operands; the message says why.
     """
+    bias = None if bias is None else jnp.asarray(bias)
     a, b, form = _canonical(
         lhs, rhs, bias, activation, transpose_dense, transpose_out, out_dtype
     )
-    batch = b.shape[:-2]
+    *batch, rows, _ = b.shape
     if batch:
-        b = b.reshape(-1, b.shape[-1])
+        b = b.reshape(math.prod(b.shape[:-1]), b.shape[-1])
     out: jax.Array = _product(implementation, a, b, bias, form)
-    return out.reshape(*batch, -1, out.shape[-1]) if batch else out
+    return out.reshape(*batch, rows, out.shape[-1]) if batch else out
 
 
 def _canonical(lhs, rhs, bias, activation, transpose_dense, transpose_out, out_dtype):
@@ -118,6 +125,11 @@ def _canonical(lhs, rhs, bias, activation, transpose_dense, transpose_out, out_d
             f"the dense side has shape {b.shape}: expected a matrix, or leading axes "
             "on a left-hand side that is not transposed and whose result is not"
         )
+    check_shapes(a)
+    if a.dtype.itemsize > 4:
+        raise ValueError(
+            f"the operands are {a.dtype}, and products accumulate in 32 bits: cast them"
+        )
     if a.dtype != b.dtype:
         raise ValueError(
             f"the compressed side is {a.dtype}, the dense side {b.dtype}: cast one"
@@ -135,6 +147,8 @@ def _canonical(lhs, rhs, bias, activation, transpose_dense, transpose_out, out_d
     features = other if on_left else m
     if bias is not None and bias.shape != (features,):
         raise ValueError(f"bias has shape {bias.shape}, expected ({features},)")
+    if bias is not None and jnp.issubdtype(bias.dtype, jnp.complexfloating):
+        raise ValueError(f"bias is {bias.dtype}: expected real numbers")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: expected {[*ACTIVATIONS]}")
     if out_dtype is None:
@@ -230,8 +244,8 @@ def _batched(gemm: Callable, form: Form) -> Callable:
         only_b = not any(jax.tree.leaves((batched[0], batched[2])))
         if only_b and form.out_is_nm and not form.b_is_kn:
             rows = b.shape[-2]
-            out = mapped(a, b.reshape(size * rows, -1), bias)
-            return out.reshape(size, rows, -1), True
+            out = mapped(a, b.reshape(size * rows, b.shape[-1]), bias)
+            return out.reshape(size, rows, out.shape[-1]), True
         operands = jax.tree.map(
             lambda x, is_batched: (
                 x if is_batched else jnp.broadcast_to(x, (size, *x.shape))

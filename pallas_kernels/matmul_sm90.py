@@ -333,7 +333,7 @@ def _kernel(
         return plgpu.layout_cast(acc, wgmma.WGMMA_ACC)
 
     def window(row, column, j):
-        """The warpgroup's rows, and the columns of a slice, from the tile's column j."""
+        """The warpgroup's rows, and the columns of the slice from column j."""
         rows = pl.ds(row * block_m + warpgroup * half, half)
         return rows, pl.ds(column * block_n + j, _slice_width(form, config))
 

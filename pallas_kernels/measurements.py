@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from pallas_kernels.config import CONFIGS, Config
 
 TUNED = Path(__file__).parent / "tuned"
@@ -60,6 +62,7 @@ class Measurement:
             )
         if not isinstance(self.config, CONFIGS[self.architecture]):
             raise ValueError(f"{self.config} is no Config of {self.architecture}")
+        jnp.dtype(self.dtype)  # a TypeError where there is none of the name
         if min(self.m, self.n, self.k) < 1:
             raise ValueError(
                 f"m, n, k = {self.m}, {self.n}, {self.k}: must be positive"
@@ -108,6 +111,8 @@ def load(device: str, folder: Path | None = None) -> Measured | None:
         record = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path.name} holds a {type(record).__name__}, no record")
     if record.get("format") != FORMAT:
         raise ValueError(
             f"{path.name} has format {record.get('format')!r}, this version reads "
@@ -117,10 +122,12 @@ def load(device: str, folder: Path | None = None) -> Measured | None:
         raise ValueError(
             f"{path.name} is of {record.get('device')!r}, expected {device!r}"
         )
+    if missing := {"machine", "entries"} - record.keys():
+        raise ValueError(f"{path.name} lacks {sorted(missing)}")
     entries = []
     for i, entry in enumerate(record["entries"]):
         try:
-            fields = dict(entry, ratio=tuple(entry["ratio"]))
+            fields: dict[str, Any] = dict(entry, ratio=tuple(entry["ratio"]))
             fields["config"] = CONFIGS[entry["architecture"]](**entry["config"])
             entries.append(Measurement(**fields))
         except (KeyError, TypeError, ValueError) as error:

@@ -78,8 +78,13 @@ def gemm(
 
 
 def epilogue(out: jax.Array, bias: jax.Array | None, form: Form) -> jax.Array:
-    """`act(out + bias)` in `form.out_dtype`, from the accumulated product."""
+    """`act(out + bias)` in `form.out_dtype`, from the accumulated product.
+
+    A floating bias makes float32 of an integer product.
+    """
     if bias is not None:
+        if jnp.issubdtype(bias.dtype, jnp.floating):
+            out = out.astype(jnp.float32)
         bias = bias.astype(out.dtype)
         along_last = form.bias_along_m == form.out_is_nm
         out += bias[None, :] if along_last else bias[:, None]

@@ -28,9 +28,11 @@ def tile_mask(
     Args:
       scores: `(rows, columns)`, both multiples of 4; any real dtype, ranked as it is in
         float32: pass the magnitudes of weights. Infinities count as larger than all
-        finite scores, NaN as the smallest; ties have one fixed order.
+        finite scores, NaN as the smallest; ties have one fixed order. The ends of the
+        range are as in `tile_selection.transposable_2to4`.
       at_most: Allow tiles of 7 entries, where one row and one column keep one: 186
-        masks in place of 90, for a sum that is never less.
+        masks in place of 90, for a sum that is never less. Negative scores then count
+        as zero.
       implementation: As for `compression.compress_magnitude`.
 
     Returns:
@@ -58,7 +60,7 @@ def _tile_mask(scores, name, at_most):
     scores = lax.stop_gradient(scores)
     if scores.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         scores = scores.astype(jnp.float32)
-    if name == "reference":
+    if name == "reference" or not scores.size:
         return reference.tile_mask(scores, at_most=at_most)
     kernel = functools.partial(module(name, "tile_masks").tile_mask, at_most=at_most)
     mapped = jax.custom_batching.custom_vmap(kernel)

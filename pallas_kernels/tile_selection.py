@@ -53,7 +53,9 @@ def transposable_2to4(
     every row and column, or with `at_most` over all 186 maximal masks with at most two,
     which the hardware takes as well. Scores are ranked as they are: pass the magnitudes
     of weights. An infinite score outweighs all finite ones of its tile together, a NaN
-    counts as two of -inf. With `at_most`, negative scores and NaN count as zero.
+    counts as two of -inf. With `at_most`, negative scores and NaN count as zero. Where
+    a tile has magnitudes beyond 2¹¹⁹ (6.6e35) these count as 2¹¹⁹, and sums below 2⁻¹²⁶
+    are zero where the device flushes subnormal numbers, as XLA does on CPU.
 
     Ties are decided by one fixed order, in which a later mask has to be strictly better
     and those of 7 entries come last. A constant tile keeps columns 0 and 1 in rows 0

@@ -33,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     here = devices.this_device()
     if here is None and options.implementation != "reference":
-        return _explain_without_gpu(chosen)
+        _explain_without_gpu(chosen)
+        asked = options.tune or options.implementation
+        if asked:
+            print("nothing could run: there is no NVIDIA GPU", file=sys.stderr)
+        return 1 if asked else 0
     if options.tune and here is not None:
         return _tune(options, chosen, here)
     return _bench(options, chosen, here)
@@ -48,23 +52,25 @@ def _products(options) -> list[Product]:
     return products.select(suites, tokens)
 
 
-def _explain_without_gpu(chosen: list[Product]) -> int:
+def _explain_without_gpu(chosen: list[Product]) -> None:
     print(
         f"jax computes on {jax.default_backend()} here: there is no NVIDIA GPU, and "
         "nothing is timed.\n"
         f"On one, {len(chosen)} products would race: the kernel of its architecture "
         "(sm80: Ampere, Ada, GeForce Blackwell; sm90: Hopper; sm100: Blackwell) "
         "against jnp.dot and, where torch has it, cuSPARSELt; and mask + compression "
-        "against a copy.\n"
-        "What the data sheet of an H200 allows (--device NAME for another of: "
-        f"{', '.join(DATA_SHEETS)}):\n"
+        "against a copy."
     )
-    print(roofline.table(chosen, DATA_SHEETS["h200"]), end="")
+    if chosen:
+        print(
+            "What the data sheet of an H200 allows (--device NAME for another of: "
+            f"{', '.join(DATA_SHEETS)}):\n"
+        )
+        print(roofline.table(chosen, DATA_SHEETS["h200"]), end="")
     print(
         "\nTo try the pipeline on this machine: --implementation reference "
         "--shape 64,128,64"
     )
-    return 0
 
 
 def _bench(options, chosen: list[Product], here: Device | None) -> int:

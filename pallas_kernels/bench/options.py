@@ -32,7 +32,8 @@ examples (each after python -m pallas_kernels.bench):
   --implementation reference --shape 64,128,64
                               the whole pipeline on a CPU; not a GPU's figures
 
-exit status: 0, or 1 if a result was wrong or nothing could run, or 2 for bad options
+exit status: 0, or 1 if a result was wrong or nothing could run that was asked for (a
+kernel by name, --tune), or 2 for bad options
 """
 
 
@@ -62,7 +63,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--use",
         choices=[use.name for use in USES],
-        default=FPROP.name,
         metavar="NAME",
         help=f"the use of --shape: {', '.join(use.name for use in USES)} "
         f"(default: {FPROP.name})",
@@ -125,6 +125,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--tune needs a kernel: the reference has no Config")
     if options.shape and (options.suite or options.tokens):
         parser.error("--shape replaces --suite and --tokens: give one or the other")
+    if options.device and options.suite == ["compression"]:
+        parser.error("--device has bounds of products, --suite compression has none")
+    if options.use and not options.shape:
+        parser.error("--use goes with --shape: the suites have uses of their own")
+    options.use = options.use or FPROP.name
     options.rounds = options.rounds or (7 if options.quick else 21)
     return options
 

@@ -406,6 +406,10 @@ def test_without_a_gpu_it_explains_itself(capsys):
     out = capsys.readouterr().out
     assert "Bounds for NVIDIA GeForce RTX 4090: 165.2 TFLOP/s" in out
     assert "shared memory" not in out  # of Hopper
+    # What was asked for by name could not be done.
+    for asked in (["--tune"], ["--implementation", "sm90", "--shape", "64,64,64"]):
+        assert main([*asked, "--quick"]) == 1
+        assert "nothing could run: there is no NVIDIA GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -415,6 +419,8 @@ def test_without_a_gpu_it_explains_itself(capsys):
         (["--shape", "64,64,0"], "expected M,N,K"),
         (["--shape", "64,64,66"], "K = 66 is no multiple of 4"),
         (["--shape", "64,64,64", "--tokens", "512"], "--shape replaces"),
+        (["--use", "fprop x24"], "--use goes with --shape"),
+        (["--device", "h200", "--suite", "compression"], "--device has bounds of"),
         (["--device", "h300"], "'h300': expected one of a100"),
         (["--rounds", "0"], "expected a positive number"),
         (["--tune", "--implementation", "reference"], "--tune needs a kernel"),

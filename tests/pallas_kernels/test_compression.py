@@ -150,6 +150,16 @@ def test_a_kernel_is_mapped_over_one_matrix_after_another(rng, monkeypatch):
         assert_same(actual, expected_of(matrix, -1, jnp.bfloat16))
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
+def test_no_kernel_is_asked_for_nothing(shape, monkeypatch):
+    monkeypatch.setattr(compression_mosaic, "unavailable", lambda: None)
+    for function in (compress_magnitude, compress_transposable):
+        empty = function(jnp.zeros(shape), implementation="mosaic")
+        first, *_ = [empty] if function is compress_magnitude else empty
+        first.validate()
+        assert first.shape == shape
+
+
 @pytest.mark.parametrize(
     "shape, options, message",
     [

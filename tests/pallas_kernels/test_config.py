@@ -62,6 +62,8 @@ def test_the_bound_of_shared_memory(tile, a_from, bound):
         (SM80Config, (96, 64, 64, 2), "block_m = 96, expected a .* multiple of 64"),
         (SM80Config, (64, 64, 96, 2), r"block_k = 96, expected one of \(64, 128\)"),
         (SM80Config, (64, 64, 64, 0), "stages = 0, expected at least 1"),
+        (SM80Config, (64, 64, 64, 2.0), "stages = 2.0, expected at least 1, a whole"),
+        (SM80Config, ("64", 64, 64, 2), "block_m = '64', expected a positive"),
         (SM80Config, (64, 64, 64, 2, 3), r"m_warps = 3, expected one of \(1, 2, 4\)"),
         # Compiled, this one spills.
         (SM80Config, (128, 128, 64, 2, 4), "274 registers .* 232 .* lower block_m"),

@@ -155,7 +155,7 @@ def test_nm_matmul_runs_the_measured_kernel_with_its_config(tuned, monkeypatch, 
     assert choice.name == "reference" and "needs a newer jax" in choice.reason
     # Patterns without an instruction never get that far.
     other = compress(w, nmjax.magnitude_mask(w, "1:4"), "1:4")
-    assert "only 2:4" in dispatch.choose(other.T, x, Form()).reason
+    assert "multiplies 2:4 alone" in dispatch.choose(other.T, x, Form()).reason
 
 
 def test_explain(tuned):
@@ -166,10 +166,16 @@ def test_explain(tuned):
     assert "no measurement for NVIDIA B200 yet" in dispatch.explain(
         4096, 4096, 4096, device="b200"
     )
+    # What no instruction takes, no measurement would change.
+    for option in ({"dtype": "float32"}, {"form": Form(out_dtype=jnp.int8)}):
+        said = dispatch.explain(4096, 4096, 4096, device="h200", **option)
+        assert "NVIDIA H200: reference; " in said and "measure" not in said
     with pytest.raises(ValueError, match="'h300'.*this device's name, or one of"):
-        dispatch.explain(1, 1, 1, device="h300")
+        dispatch.explain(1, 1, 4, device="h300")
+    with pytest.raises(ValueError, match="m, n, k = 1, 1, 6: expected sizes, k a mul"):
+        dispatch.explain(1, 1, 6)
     if jax.default_backend() == "cpu":
-        assert dispatch.explain(1, 1, 1).startswith(
+        assert dispatch.explain(1, 1, 4).startswith(
             "cpu: reference; no kernel for this"
         )
 
@@ -201,10 +207,12 @@ def test_a_new_measurement_replaces_the_old_one_of_its_product():
     [
         (lambda r: r.update(format=0), "has format 0, this version reads 1"),
         (lambda r: r.update(device="other"), "is of 'other', expected 'NVIDIA H200'"),
+        (lambda r: r.pop("machine"), "lacks \\['machine'\\]"),
         (lambda r: r["entries"][0].update(ratio=[2, 1, 3]), "entry 0: .*in order"),
         (lambda r: r["entries"][0].update(sparse_us=0), "entry 0: times"),
         (lambda r: r["entries"][0].update(architecture="sm75"), "entry 0: 'sm75'"),
         (lambda r: r["entries"][0].update(n=0), "entry 0: m, n, k = 4096, 0, 4096"),
+        (lambda r: r["entries"][0].update(dtype="bf17"), "entry 0: .*bf17"),
         (lambda r: r["entries"][0].update(surprise=0), "entry 0: .*surprise"),
         (lambda r: r["entries"][0]["config"].update(block_m=1), "entry 0: .*block_m"),
         (lambda r: r["entries"][0]["config"].pop("stages"), "entry 0: .*stages"),

@@ -1,5 +1,7 @@
 """Values and metadata: exact round trips, the words by hand, corruption found."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nmjax
+from pallas_kernels import nm_matmul
 from pallas_kernels.format import NMCompressed, compress, decompress, positions
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -63,6 +66,36 @@ def test_every_dtype_comes_back_bit_for_bit(rng, dtype):
     assert compressed.values.shape == (24, 32) and compressed.dtype == w.dtype
     expected = np.where(mask, raw, 0).astype(raw.dtype)
     np.testing.assert_array_equal(bits_of(decompress(compressed)), expected)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0), (2, 0, 8), (0, 8, 8)])
+def test_nothing_at_all(shape, pattern):
+    for axis in (-1, -2):
+        compressed = compress(np.ones(shape), np.zeros(shape, bool), pattern, axis=axis)
+        compressed.validate()
+        assert compressed.shape == decompress(compressed).shape == shape
+
+
+def test_complex_numbers_are_refused():
+    w, mask = np.ones((4, 4), np.complex64), np.zeros((4, 4), bool)
+    with pytest.raises(ValueError, match="w is complex64, .* expected real numbers"):
+        compress(w, mask)
+
+
+def test_parts_that_end_within_a_word_are_refused_when_read(rng):
+    """Each has padded its own metadata."""
+    w = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
+    parts = [compress(x, nmjax.magnitude_mask(x, "2:4")) for x in jnp.split(w, 2)]
+    joined = dataclasses.replace(
+        parts[0],
+        values=jnp.concatenate([part.values for part in parts], axis=-1),
+        metadata=jnp.concatenate([part.metadata for part in parts], axis=-1),
+    )
+    for read in (decompress, lambda c: nm_matmul(jnp.ones((1, 64)), c)):
+        for function in (read, jax.jit(read)):
+            with pytest.raises(ValueError, match=r"\(8, 8\); .* need int32\(8, 4\)"):
+                function(joined)
 
 
 def test_the_words_by_hand():

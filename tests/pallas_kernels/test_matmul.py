@@ -16,6 +16,7 @@ from pallas_kernels import (
     dispatch,
     matmul,
     nm_matmul,
+    ptx,
     reference,
 )
 
@@ -110,6 +111,34 @@ def test_integers_accumulate_in_int32(rng):
     out = nm_matmul(x, compressed(w, -2))
     assert out.dtype == jnp.int32
     np.testing.assert_array_equal(out, product(x, masked(w, -2)))
+
+
+def test_a_bias_makes_floats_of_integers():
+    x, w = jnp.ones((2, 8), jnp.int8), compressed(jnp.ones((8, 4), jnp.int8), -2)
+    out = nm_matmul(x, w, bias=jnp.full(4, -0.75), out_dtype=jnp.float32)
+    np.testing.assert_array_equal(out, np.full((2, 4), 3.25))
+    out = nm_matmul(x, w, bias=jnp.full(4, 3))
+    np.testing.assert_array_equal(out, np.full((2, 4), 7))
+    assert out.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8), (3, 0, 8), (2, 3, 0)])
+def test_empty_products(shape, implementation):
+    w = compressed(jnp.ones((shape[-1], 4)), -2)
+    out = nm_matmul(jnp.ones(shape), w, implementation=implementation)
+    np.testing.assert_array_equal(out, jnp.ones(shape) @ decompress(w))
+
+
+@pytest.mark.skipif(ptx.JAX_VERSION < (0, 11), reason="needs jax 0.11, as documented")
+def test_explicit_axes_may_cut_the_compressed_side(rng):
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh, spec = jax.make_mesh((2,), ("d",), explicit), jax.sharding.PartitionSpec
+    x, whole = normal(rng, 8, 64), compressed(normal(rng, 64, 32), -2)
+    with jax.set_mesh(mesh):
+        w = jax.device_put(whole, spec("d"))
+        np.testing.assert_array_equal(decompress(w), decompress(whole))
+        out = nm_matmul(jax.device_put(x, spec()), w)
+        np.testing.assert_allclose(out, x @ decompress(whole), atol=1e-5)
 
 
 def gelu(x):
@@ -313,6 +342,13 @@ def ones24(k, n, axis=-2):
         (jnp.ones(8), ones24(8, 4), {}, "expected a matrix"),
         (ones24(4, 8, -1), jnp.ones((2, 8, 4)), {}, "expected a matrix"),
         (jnp.ones((2, 8)), ones24(8, 4), {"bias": jnp.ones(8)}, r"expected \(4,\)"),
+        (jnp.ones((2, 8)), ones24(8, 4), {"bias": 1.0}, r"shape \(\), expected \(4,"),
+        (
+            jnp.ones((2, 8)),
+            ones24(8, 4),
+            {"bias": [1j] * 4},
+            "complex64: expected real",
+        ),
         (jnp.ones((2, 8)), ones24(8, 4), {"activation": "silu"}, "'silu': expected"),
         (jnp.ones((2, 8)), ones24(8, 4), {"implementation": "sm75"}, "'sm75'"),
         (
