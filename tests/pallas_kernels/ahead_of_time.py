@@ -1,6 +1,6 @@
 """Compiles Pallas kernels for GPUs that are not there; needs the CUDA plugin's wheels.
 
-jax's ahead-of-time topologies need no driver: PTX and ptxas's report are dumped, and
+jax's ahead-of-time topologies need no driver: Mosaic prints PTX, ptxas reports, and
 `nvdisasm`, where its wheel is installed, shows the machine code. The compiler serves
 one architecture a process, so each has a process of its own.
 """
@@ -26,6 +26,7 @@ import jax
 from jax.experimental import topologies
 
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+_HOST = "; ModuleID"  # the first words of LLVM in text
 # Where NVIDIA's wheels put their binaries, below the namespace package `nvidia`.
 _BINARIES = ("cu13/bin", "cuda_nvcc/bin", "cuda_nvdisasm/bin")
 
@@ -100,7 +101,7 @@ class Compiled:
             cubin.write(self._assembled[1])
             cubin.flush()
             return subprocess.run(
-                [disassembler, "-c", cubin.name],
+                [disassembler, "-c", "-ndf", cubin.name],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -141,8 +142,11 @@ def _compile_once(arch: str, job: bytes) -> Compiled:
 @functools.cache
 def _process(arch: str) -> concurrent.futures.Executor:
     del arch  # one process each
-    spawn = multiprocessing.get_context("spawn")
-    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn)
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # which imports jax once for all
+    context.set_forkserver_preload([__name__])
+    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
     atexit.register(executor.shutdown)
     return executor
 
@@ -182,12 +186,12 @@ def _compile(function, arguments, target: Target) -> Compiled:
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
     )
-    with _dump_folder() as folder, jax.default_device(device):
+    with jax.default_device(device), _printed() as printed:
         lowered = jax.jit(function).trace(*arguments)
         lowered.lower(lowering_platforms=("cuda",)).compile()
-        (path,) = folder.glob("*.ptx")
-        host = "".join(llvm.read_text() for llvm in folder.glob("*.ll"))
-        return Compiled(path.read_text(), host, target.arch)
+    kernel, _, host = printed().partition(_HOST)
+    assert kernel.count(".visible .entry") == 1, "expected one kernel"
+    return Compiled(kernel, host and _HOST + host, target.arch)
 
 
 def find_binary(name: str) -> str | None:
@@ -202,20 +206,25 @@ def find_binary(name: str) -> str | None:
 
 
 @contextmanager
-def _dump_folder() -> Iterator[Path]:
-    """A new folder each time: Mosaic never overwrites a file it dumped before."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "MOSAIC_GPU_DUMP_PTX": "1",
-            "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
-            "MOSAIC_GPU_DUMP_TO": folder,
-        }
+def _printed() -> Iterator[Callable[[], str]]:
+    """What Mosaic prints of what it compiles: the PTX, then the host's LLVM.
+
+    Given a folder, it dumps all it can there, which takes as long as compiling.
+    """
+    settings = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
+    with tempfile.TemporaryFile() as file:
+        stdout = os.dup(1)
         os.environ.update(settings)
+        os.dup2(file.fileno(), 1)
         try:
-            yield Path(folder)
+            yield lambda: text
         finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
             for name in settings:
                 del os.environ[name]
+            file.seek(0)
+            text = file.read().decode()
 
 
 def _config(target: Target) -> str:
