@@ -218,7 +218,8 @@ def _compress(w, mask, pattern, axis, dtype) -> NMCompressed:
         missing = missing - filler.astype(jnp.int32)
         stored = kept[j] | filler
         entry = jnp.where(kept[j], column, zero)
-        for s in range(n):
+        # m - 1 - j entries follow, and all n slots will be taken.
+        for s in range(max(0, n - m + j), min(j + 1, n)):
             here = stored & (slot == s)
             values[s] = jnp.where(here, entry, values[s])
             places[s] = jnp.where(here, jnp.uint8(j), places[s])
