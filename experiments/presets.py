@@ -6,6 +6,7 @@ help and most refusals come at once.
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -376,7 +377,9 @@ def write_options(options: Options, folder: Path) -> None:
     """Writes options.json into a run folder, made if need be; `--resume` reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(options.flat(), indent=1)
-    (folder / "options.json").write_text(text + "\n")
+    new = folder / "options.json.new"  # a full disk leaves the old one whole
+    new.write_text(text + "\n")
+    os.replace(new, folder / "options.json")
 
 
 def read_options(folder: Path) -> Options | None:

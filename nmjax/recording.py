@@ -70,9 +70,9 @@ def find_candidates(
                     "nmjax.sparsify_params"
                 )
             if context.method_name == "__call__" and layer.scope is not None:
-                _note_layer(found, layer, call_args, call_kwargs, stored)
+                _note_layer(found, layer, call_args, call_kwargs, stored, token)
             result = next_function(*call_args, **call_kwargs)
-            _note_own_parameters(found, layer)
+            _note_own_parameters(found, layer, token)
             return result
 
         params = map_named(tagged, variables["params"], keep_boxes=False)
@@ -132,10 +132,13 @@ class _Tag(meta.AxisMetadata):
         return self  # only on the way out, where nobody looks
 
 
-def _note_layer(found, layer, args, kwargs, stored):
-    """Notes the geometry of a Flax layer that has a kernel."""
+def _note_layer(found, layer, args, kwargs, stored, token):
+    """Notes the geometry of a Flax layer that has a kernel of this model.
+
+    A model may apply another one, sparsified, whose tags then pass here too.
+    """
     tag = layer.scope.get_variable("params", "kernel")
-    if not isinstance(tag, _Tag):
+    if not isinstance(tag, _Tag) or tag.static[0] is not token:
         return
     _, path, rank, stored_axes = tag.static
     _refuse_another_weight(layer, tag.value, stored[path])
@@ -179,12 +182,14 @@ def _refuse_another_weight(layer, kernel, stored):
         )
 
 
-def _note_own_parameters(found, module):
+def _note_own_parameters(found, module, token):
     """Notes parameters that a module reads without being a layer we know."""
     if module.scope is None:
         return
     for tag in module.scope.variables().get("params", {}).values():
-        if not isinstance(tag, _Tag) or tag.static[1] in found:
+        if not isinstance(tag, _Tag) or tag.static[0] is not token:
+            continue
+        if tag.static[1] in found:
             continue
         embedding = isinstance(module, nn.Embed)
         found[tag.static[1]] = {

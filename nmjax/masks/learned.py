@@ -124,14 +124,15 @@ def sample_mask(
     table = _table(logits, pattern, axis)
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    noise = jax.random.gumbel(key, logits.shape, logits.dtype)
-    tau = jnp.asarray(temperature, logits.dtype)
-    chances = jax.nn.softmax((logits + noise) / tau, axis=axis)
+    # In 16 bits the noise has ties, and no tail: other chances than the logits'.
+    dtype = logits.dtype if logits.dtype.itemsize > 2 else jnp.float32
+    noisy = logits.astype(dtype) + jax.random.gumbel(key, logits.shape, dtype)
+    chances = jax.nn.softmax(noisy / jnp.asarray(temperature, dtype), axis=axis)
     if hard:
-        chosen = _one_hot(logits + noise, axis).astype(logits.dtype)
+        chosen = _one_hot(noisy, axis).astype(dtype)
         # soft − stop(soft) is exactly zero, so the value is exactly the one-hot.
         chances = chosen + (chances - jax.lax.stop_gradient(chances))
-    return _combine(chances, table.astype(logits.dtype), axis)
+    return _combine(chances, table.astype(dtype), axis).astype(logits.dtype)
 
 
 def best_mask(

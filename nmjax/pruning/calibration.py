@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.core import meta
 from jax.core import Tracer
 
 from nmjax.paths import map_named, named_leaves
@@ -120,9 +121,11 @@ class Calibration:
 
         Raises:
           ValueError: A layer was not called by any batch, or is part of a scan, vmap,
-            remat or jit, out of which its input cannot be taken.
+            remat or jit, out of which its input cannot be taken; or a kernel is read by
+            layers that differ in more than their input, or a batch has no sample.
         """
         missing = dict.fromkeys(paths)
+        first: dict[str, Layer] = {}
         for batch in self._batches:
             calls: list[tuple[Layer, jax.Array]] = []
 
@@ -141,6 +144,18 @@ class Calibration:
                 )
             for layer, x in calls:
                 missing.pop(layer.path, None)
+                known = first.setdefault(layer.path, layer)
+                if known.geometry != layer.geometry:
+                    raise ValueError(
+                        f"{layer.path} is read in two ways, {known.geometry} and "
+                        f"{layer.geometry}: leave it dense, "
+                        f"nmjax.Rule({re.escape(layer_path(layer.path))!r}, None)"
+                    )
+                if not x.size:
+                    raise ValueError(
+                        f"{layer.path} receives an input of shape {x.shape}: leave out "
+                        "the batch that has no sample"
+                    )
                 yield layer, x
         if missing:
             raise ValueError(
@@ -170,7 +185,8 @@ class Calibration:
     def _run(self, params: Any, batch: tuple, note: Callable[..., None]) -> None:
         if isinstance(self._model, nn.Module):
             variables = {**self._variables, "params": params}
-            with nn.intercept_methods(functools.partial(_note_linen, note)):
+            noting = functools.partial(_note_linen, note, named_leaves(params))
+            with nn.intercept_methods(noting):
                 self._model.apply(variables, *batch, **self._kwargs)
         else:
             _run_nnx(self._model, params, batch, self._kwargs, note)
@@ -190,11 +206,16 @@ def with_leaves(params: Any, new: Mapping[str, Any]) -> Any:
     return map_named(replace, params)
 
 
-def _note_linen(note, next_function, args, kwargs, context):
+def _note_linen(note, leaves, next_function, args, kwargs, context):
     layer, scope = context.module, context.module.scope
     called = context.method_name == "__call__"
     if called and scope is not None and scope.has_variable("params", "kernel"):
         path = "/".join((*layer.path, "kernel"))
+        kernel = meta.unbox(scope.get_variable("params", "kernel"))
+        # Else it is of another model that this one applies.
+        is_own = kernel is leaves.get(path) or isinstance(kernel, Tracer)
+        if not is_own:
+            return next_function(*args, **kwargs)
         if getattr(layer, "nm_recipe", None) is not None:
             raise ValueError(
                 f"{path}: the layer brings its own recipe, so its model is not dense: "

@@ -21,6 +21,12 @@ from flax import linen as nn
 
 from nmjax.equation import Equation
 
+_GEOMETRY = (
+    *("axis", "batch_dims", "batch_axis", "einsum_str", "kernel_size", "strides"),
+    *("padding", "input_dilation", "kernel_dilation", "feature_group_count"),
+    "transpose_kernel",
+)
+
 Parameters = dict[str, Any]
 """A layer's own: "kernel", and "bias" where it has one."""
 
@@ -36,6 +42,13 @@ class Layer:
 
     path: str
     module: Any
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """What its features depend on besides its input."""
+        found = {name: getattr(self.module, name, None) for name in _GEOMETRY}
+        present = {name: x for name, x in found.items() if x is not None}
+        return {"layer": type(self.module).__name__, **present}
 
     @property
     def bias_path(self) -> str:
@@ -104,8 +117,8 @@ class Layer:
         match type(self.module).__name__:
             case "DenseGeneral" | "LinearGeneral":
                 axes = self.module.axis
-                axes = (axes,) if isinstance(axes, int) else tuple(axes)
-                return tuple(x.shape[axis] for axis in axes)
+                axes = (axes,) if isinstance(axes, int) else axes
+                return tuple(x.shape[i] for i in sorted(i % x.ndim for i in axes))
         size = getattr(self.module, "kernel_size", ())
         size = (size,) if isinstance(size, int) else tuple(size)
         return (*size, k // math.prod(size))

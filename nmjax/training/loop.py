@@ -139,6 +139,10 @@ class Loop:
         names = columns(data.num_classes, sparse=masked)
         primary = jax.process_index() == 0
         self._metrics = MetricsWriter(run_dir, names, step=self._step, primary=primary)
+        if self._metrics.last_step == self._step > 0:
+            # This step's row was written, perhaps after its checkpoint: then the sums
+            # of the row are still in it.
+            self._end_interval()
         self._progress = Progress(
             total=self._total, step=self._step, shown=progress and primary
         )
@@ -179,6 +183,11 @@ class Loop:
 
     def _at_epoch_end(self) -> bool:
         return self._step > 0 and self._step % self._steps_per_epoch == 0
+
+    def _end_interval(self) -> None:
+        self._interval.row(0)
+        if self._at_epoch_end() or self._at_phase_end():
+            self._interval.layers({})
 
     def _at_phase_end(self) -> bool:
         done, after = (

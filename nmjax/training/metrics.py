@@ -74,6 +74,8 @@ class Interval:
         """
         sums = {n: x for n, x in self.sums.items() if not n.startswith("layers/")}
         self.sums = {n: x for n, x in self.sums.items() if n not in sums}
+        if not sums:  # no step since
+            return {}
         steps, sad = sums.pop("steps"), sums.pop("sad")
         means = {f"train_{name}": total / steps for name, total in sums.items()}
         if not num_weights:

@@ -96,6 +96,9 @@ def find_position(
         wait_for_hosts()  # all have read what is moved now
         for later in [other for other in steps if other > step]:
             set_aside(run_dir, "checkpoints", later)
+        for later in list_steps(run_dir / "best"):
+            if later > step:
+                set_aside(run_dir, "best", later)
         logger.info("continuing from %s", folder / str(step))
         return position
     raise CheckpointError(

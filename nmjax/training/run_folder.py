@@ -1,12 +1,15 @@
 """The folder of a run: made and probed before any work, continued only by its like."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,13 @@ from nmjax.plans import Plan
 from nmjax.schedule import Schedule
 from nmjax.training.checkpoint import CheckpointError
 from nmjax.training.config import TrainConfig
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+logger = logging.getLogger("nmjax")
 
 # These say how long and how often, not what is computed in a step already done.
 MAY_CHANGE = ("epochs", "keep", "checkpoint_every", "log_every")
@@ -53,6 +63,29 @@ def probe(run_dir: Path, needed: int) -> None:
             f"of this network takes {needed / 2**20:.0f} MiB; make room or give "
             "another folder"
         )
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes out of a run folder; ends with this one, however it ends.
+
+    Raises:
+      CheckpointError: Another process trains there.
+    """
+    if jax.process_index() != 0 or fcntl is None:
+        yield
+        return
+    with (run_dir / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"another process trains in {run_dir} (lslocks shows which): wait "
+                "until it has ended, or give another folder"
+            ) from None
+        except OSError as error:
+            logger.info("%s cannot be locked: %s", run_dir, error.strerror)
+        yield
 
 
 def refuse_other_config(run_dir: Path, config: TrainConfig) -> None:

@@ -1,7 +1,9 @@
 """`train`: everything that can be wrong is refused here, then the loop begins."""
 
+import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import nmjax
 from nmjax.paths import named_leaves
 from nmjax.rules import Rules
 from nmjax.training import run_folder
+from nmjax.training.checkpoint import list_steps
 from nmjax.training.config import TrainConfig
 from nmjax.training.evaluation import check_batch_size
 from nmjax.training.loop import Loop, TrainResult
@@ -25,8 +28,11 @@ from nmjax.training.state import (
     jit_new_train_state,
     make_phases,
     new_train_state,
+    phase_of_step,
 )
 from nmjax.training.steps import data_mesh, replicate
+
+logger = logging.getLogger("nmjax")
 
 
 def train(
@@ -73,7 +79,7 @@ def train(
 
     Raises:
       CheckpointError: The folder holds another run, or no checkpoint that is intact;
-        or a checkpoint cannot be written.
+        another process trains in it; or a checkpoint cannot be written.
       OSError: A row of metrics cannot be written.
       PlanError: The rules do not fit the model.
       TrainingDiverged: A loss, or a number in the state, is NaN or infinite.
@@ -83,17 +89,17 @@ def train(
     given = {"params": init_params, "batch_stats": init_batch_stats}
     # In a function of its own, so that the first parameters are not held for the
     # whole run beside those that are trained.
-    loop = _prepare(
-        model, rules, data, config, Path(run_dir), resume, progress, given, devices
-    )
-    try:
+    with contextlib.ExitStack() as held:
+        loop = _prepare(
+            *(model, rules, data, config, Path(run_dir), resume, progress, given),
+            *(devices, held),
+        )
+        held.callback(loop.close)
         return loop.run()
-    finally:
-        loop.close()
 
 
 def _prepare(
-    model, rules, data, config, run_dir, resume, progress, given, devices
+    model, rules, data, config, run_dir, resume, progress, given, devices, held
 ) -> Loop:
     mesh = data_mesh(devices)
     steps_per_epoch = _steps_per_epoch(config, data, mesh)
@@ -117,7 +123,9 @@ def _prepare(
         for phase in phases
     }
     run_folder.probe(run_dir, max(_bytes(state) for state in abstract.values()))
-    run_folder.refuse_other_config(run_dir, config)
+    held.enter_context(run_folder.locked(run_dir))
+    if list_steps(run_dir / "checkpoints"):
+        run_folder.refuse_other_config(run_dir, config)
     plans = {phase.name: phase.plan for phase in phases}
     position = find_position(run_dir, resume, abstract, plans)
     if position is not None and position.state.step > config.epochs * steps_per_epoch:
@@ -131,9 +139,22 @@ def _prepare(
         state = jit_new_train_state(phases[0])(variables)
         position = Position(state, phases[0].name, data=(), interval={})
     else:
+        _warn_of_another_phase(position, phases)
         state = replicate(position.state, mesh)
         position = dataclasses.replace(position, state=state)
     return Loop(config, data, phases, run_dir, position, progress=progress)
+
+
+def _warn_of_another_phase(position: Position, phases: Sequence[Any]) -> None:
+    """Phases that are shares of the run move when its length changes."""
+    step = int(position.state.step)
+    now = phase_of_step(phases, step - 1).name
+    if now != position.phase:
+        logger.warning(
+            "step %d was in phase %r, which in a run of this length is %r: what "
+            "follows is trained in the phases of the new length",
+            *(step, position.phase, now),
+        )
 
 
 def _steps_per_epoch(config: TrainConfig, data: Any, mesh: Mesh) -> int:

@@ -383,6 +383,26 @@ def test_layers_that_an_earlier_call_skipped_are_sparse(kind):
         np.testing.assert_array_equal(out, Skips().apply(baked, x, runs))
 
 
+def test_a_sparse_model_may_be_applied_by_another():
+    """Its layer has the path of the outer model's, and another geometry."""
+    x = mlp_case()[1]
+    inner = nmjax.sparsify(nn.Sequential([nn.Einsum((8, 8), "bd,fd->bf")]), "2:4")
+    weights = inner.init(jax.random.key(0), x)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return inner.apply(weights, nn.Dense(8, name="layers_0")(x))
+
+    model = Outer()
+    variables = model.init(jax.random.key(1), x)
+    (entry,) = nmjax.plan(model, "2:4", x).sparse
+    assert (entry.path, entry.layer, entry.axes) == ("layers_0/kernel", "Dense", (-2,))
+    baked = nmjax.bake(variables["params"], nmjax.plan(model, "2:4", x))
+    out = nmjax.sparsify(model, "2:4").apply(variables, x)
+    np.testing.assert_array_equal(out, model.apply({"params": baked}, x))
+
+
 def test_no_tracer_is_left_over():
     variables, x = mlp_case()
     with jax.checking_leaks():

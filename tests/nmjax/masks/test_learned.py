@@ -178,6 +178,16 @@ def test_a_hard_mask_is_exact_in_bfloat16(rng):
     assert set(np.unique(half.astype(jnp.float32))) <= {0.0, 1.0}
 
 
+def test_draws_follow_logits_of_16_bits():
+    """Noise of 16 bits has ties: the first of equal patterns would lead."""
+    logits = init_logits((8, 40_000), "4:8", dtype=jnp.bfloat16)
+    mask = np.asarray(sample_mask(logits, jax.random.key(0), "4:8"), bool)
+    _, counts = np.unique(np.packbits(mask, axis=0), return_counts=True)
+    assert len(counts) == 70
+    expected = 40_000 / 70
+    assert ((counts - expected) ** 2 / expected).sum() < 69 + 5 * np.sqrt(2 * 69)
+
+
 def test_temperature_by_hand():
     assert float(Temperature(0.8)(123)) == pytest.approx(0.8)
     linear = Temperature(4, 1, 30, "linear")

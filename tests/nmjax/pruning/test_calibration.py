@@ -101,6 +101,49 @@ def test_layers_inside_a_scan_are_refused(name):
         made.order()
 
 
+def test_layers_of_another_model_that_this_one_applies_are_not_its_own():
+    x = np.ones((4, 8), np.float32)
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8)(x)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8)(x) + Inner().apply(weights, 3 * x)
+
+    weights = Inner().init(jax.random.key(0), x)
+    variables = Outer().init(jax.random.key(1), x)
+    made = calibrate(Outer(), "2:4", [x], variables)
+    ((_, actual),) = made.inputs(variables["params"], ["Dense_0/kernel"])
+    np.testing.assert_array_equal(actual, x)
+
+
+def test_a_kernel_that_is_read_in_two_ways_is_refused():
+    class Twice(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.a = nnx.Conv(8, 8, (3,), padding="VALID", rngs=rngs)
+            self.b = nnx.Conv(8, 8, (3,), kernel_dilation=2, rngs=rngs)
+            self.b.kernel = self.a.kernel
+
+        def __call__(self, x):
+            return self.b(self.a(x))
+
+    made = calibrate(Twice(), "2:4", [np.ones((2, 9, 8), np.float32)])
+    with pytest.raises(ValueError, match="a/kernel is read in two ways, .*'VALID'"):
+        made.order()
+
+
+def test_a_batch_without_samples_is_refused():
+    model, x, variables = mlp()
+    made = calibrate(model, "2:4", [x[:0]], variables, {"train": False})
+    with pytest.raises(ValueError, match=r"input of shape \(0, 8\): leave out"):
+        made.order()
+
+
 def test_layers_inside_remat_are_refused():
     model, x, variables = mlp(remat=True)
     made = calibrate(model, "2:4", [x], variables, {"train": False})

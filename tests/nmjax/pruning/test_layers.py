@@ -17,6 +17,7 @@ LINEN = {
     "dense": (nn.Dense(5), (3, 4, 8), (-2,)),
     "general": (nn.DenseGeneral((2, 3), axis=-1), (3, 8), (-3,)),
     "general_two": (nn.DenseGeneral(5, axis=(-2, -1)), (3, 2, 8), (-3, -2)),
+    "general_swapped": (nn.DenseGeneral(5, axis=(2, 1)), (3, 2, 8), (-3, -2)),
     "conv": (nn.Conv(5, (3, 2), strides=2, padding="VALID"), IMAGE, (-2,)),
     "dilated": (nn.Conv(5, (3, 3), kernel_dilation=2, padding=1), IMAGE, (-2,)),
     "circular": (nn.Conv(5, (3, 3), padding="CIRCULAR"), IMAGE, (-2,)),

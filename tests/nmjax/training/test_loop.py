@@ -20,6 +20,7 @@ from nmjax.training import (
     load_plan,
     reestimate_batch_stats,
     restore,
+    run_folder,
     train,
 )
 from nmjax.training.checkpoint import list_steps
@@ -256,6 +257,54 @@ def test_a_signal_during_the_evaluation_does_not_wait_for_it(uninterrupted, tmp_
     assert tables_of(tmp_path) == tables_of(uninterrupted[0])
 
 
+def test_steps_of_a_row_that_was_written_are_not_counted_again(uninterrupted, tmp_path):
+    """Signal in an evaluation, whose row the next process writes, then a crash."""
+
+    class Slow(FakeData):
+        def test_batches(self, batch_size, **hosts):
+            if len(self.served) == 8:
+                signal.raise_signal(signal.SIGTERM)
+            return super().test_batches(batch_size, **hosts)
+
+    settings = config(**PHASES, keep=9)
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, settings=settings, data=Slow())
+    assert list_steps(tmp_path / "checkpoints")[-1] == 8
+    with pytest.raises(Crash):
+        run(tmp_path, settings=settings, data=FakeData(at_step=crash_at(10)))
+    run(tmp_path, settings=settings)
+    assert tables_of(tmp_path) == tables_of(uninterrupted[0])
+
+
+def test_a_run_without_its_metrics_continues(run_dir):
+    (run_dir / "metrics.csv").unlink()
+    result = run(run_dir, settings=config(**PHASES, keep=9))
+    (row,) = rows_of(run_dir)
+    assert float(row["test_top1"]) == pytest.approx(result.test_top1, abs=1e-6)
+    assert row["train_loss"] == ""
+
+
+def test_two_processes_do_not_train_in_one_folder(run_dir):
+    with run_folder.locked(run_dir):
+        before = tables_of(run_dir)
+        with pytest.raises(CheckpointError, match="another process trains in"):
+            run(run_dir, settings=config(**PHASES, keep=9, epochs=5))
+        assert tables_of(run_dir) == before
+    run(run_dir, settings=config(**PHASES, keep=9))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_may_begin_otherwise(tmp_path):
+    with pytest.raises(Crash):
+        run(tmp_path, data=FakeData(at_step=crash_at(2)))
+    run(tmp_path, settings=config(lr=0.01))
+
+
+def test_a_phase_that_moves_with_the_length_is_said(run_dir, caplog):
+    longer = config(dense_epochs=1, freeze_epochs=1, keep=9, epochs=5)
+    run(run_dir, settings=longer)
+    assert "step 16 was in phase 'frozen', which in a run of this" in caplog.text
+
+
 def test_a_finished_run_is_evaluated_again_and_not_changed(uninterrupted, run_dir):
     result = run(run_dir, settings=config(**PHASES, keep=9))
     assert result.test_top1 == uninterrupted[1].test_top1
@@ -318,7 +367,10 @@ def test_resume_from_a_step_sets_later_ones_aside(uninterrupted, run_dir):
     result = run(run_dir, settings=config(**PHASES, keep=9), resume=8)
     assert_same(result.state, uninterrupted[1].state)
     assert list_steps(run_dir / "checkpoints") == [4, 8, 12, 16]
+    best = list_steps(uninterrupted[0] / "best")
+    assert list_steps(run_dir / "best") == best == [12]  # found again
     assert sorted(path.name for path in (run_dir / "set_aside").iterdir()) == [
+        "best-12",
         "checkpoints-12",
         "checkpoints-16",
     ]
