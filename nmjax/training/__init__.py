@@ -25,6 +25,7 @@ channels), `num_train`, `num_test` and
     layers.csv                                the masks of each layer, once an epoch
     checkpoints/STEP, best/STEP               see nmjax.training.checkpoint
     set_aside/                                damaged or abandoned checkpoints, if any
+    lock                                      held while a process trains here
 
 metrics.csv has the columns step, epoch, phase, lr, train_loss, train_top1, train_top5,
 flip_rate, sad, density, retained_magnitude, transposable_gap, images_per_second,

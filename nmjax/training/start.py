@@ -60,7 +60,7 @@ def train(
 
     Args:
       model: A linen model `(images, train: bool) -> logits`, with no collections but
-        "params" and "batch_stats".
+        "params" and "batch_stats"; hashable, so with tuples for lists in its fields.
       rules: As for `nmjax.sparsify`; `[]` is dense.
       data: The data set; see `nmjax.training`.
       config: What to do.
