@@ -24,6 +24,7 @@ from experiments.presets import (
     write_options,
 )
 from nmjax import models, training
+from nmjax.training.checkpoint import list_steps
 
 # Fields of TrainConfig by the options that they come from.
 _CONFIG = {
@@ -207,7 +208,7 @@ def run_folder(options: Options) -> Path:
     if not exists.is_dir():
         raise ValueError(f"--output-dir {folder}: {exists} is a file, not a folder")
     # A run that has no checkpoint yet starts afresh, with whatever options.
-    if (folder / "checkpoints").is_dir() and (saved := read_options(folder)):
+    if list_steps(folder / "checkpoints") and (saved := read_options(folder)):
         then, now = saved.flat(), options.flat()
         changed = [k for k in now if k not in _FREE and now[k] != then[k]]
         if changed:

@@ -246,11 +246,22 @@ class TestBeforeTraining:
         assert "--ineligible" in message
 
     def test_folder_of_a_run_with_other_options(self, error, tmp_path):
-        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "5").mkdir(parents=True)
         options = PRESETS["digits-resnet8-2to4"].options.replace(lr=0.5)
         presets.write_options(options, tmp_path)
         message = error("digits-resnet8-2to4", "--output-dir", str(tmp_path))
         assert "--lr 0.5, not 0.1" in message
+        # Without a checkpoint there is nothing to continue.
+        (tmp_path / "checkpoints" / "5").rmdir()
+        options = imagenet.parse(["digits-resnet8-2to4", "--output-dir", str(tmp_path)])
+        assert single.run_folder(options) == tmp_path
+
+    def test_a_pattern_that_fits_no_layer(self, error, tmp_path):
+        place = ["--output-dir", str(tmp_path / "run")]
+        message = error("digits-resnet8-2to4", "--pattern", "2:5", *place)
+        assert "--recipe sr_ste --pattern 2:5 fits no layer of resnet8" in message
+        assert "stem/kernel: axis -2 has size 1, not a multiple of 5" in message
+        assert not (tmp_path / "run").exists()
 
     def test_damaged_options(self, error, tmp_path):
         (tmp_path / "options.json").write_text("{")
@@ -259,6 +270,21 @@ class TestBeforeTraining:
     def test_pretrained_that_is_no_run(self, error, tmp_path):
         place = ["--pretrained", str(tmp_path), "--output-dir", str(tmp_path / "run")]
         assert str(tmp_path) in error("digits-resnet8-2to4", *place)
+
+
+def test_options_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch):
+    options = PRESETS["digits-resnet8-2to4"].options
+    presets.write_options(options, tmp_path)
+    write = presets.Path.write_text
+
+    def half(path, text):
+        write(path, text[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(presets.Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        presets.write_options(options.replace(lr=0.5), tmp_path)
+    assert presets.read_options(tmp_path) == options
 
 
 @pytest.mark.slow
