@@ -6,7 +6,6 @@ help and most refusals come at once.
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -375,11 +374,10 @@ def _refuse_idle(options: Options, given: set[str]) -> None:
 
 def write_options(options: Options, folder: Path) -> None:
     """Writes options.json into a run folder, made if need be; `--resume` reads it."""
+    from nmjax.training.run_folder import write_whole  # loads jax
+
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(options.flat(), indent=1)
-    new = folder / "options.json.new"  # a full disk leaves the old one whole
-    new.write_text(text + "\n")
-    os.replace(new, folder / "options.json")
+    write_whole(folder / "options.json", json.dumps(options.flat(), indent=1))
 
 
 def read_options(folder: Path) -> Options | None:

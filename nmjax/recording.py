@@ -132,13 +132,15 @@ class _Tag(meta.AxisMetadata):
         return self  # only on the way out, where nobody looks
 
 
-def _note_layer(found, layer, args, kwargs, stored, token):
-    """Notes the geometry of a Flax layer that has a kernel of this model.
+def _is_tag(parameter: Any, token: object) -> bool:
+    """Whether it is a tag of this recording: a model may apply another sparse one."""
+    return isinstance(parameter, _Tag) and parameter.static[0] is token
 
-    A model may apply another one, sparsified, whose tags then pass here too.
-    """
+
+def _note_layer(found, layer, args, kwargs, stored, token):
+    """Notes the geometry of a Flax layer that has a kernel."""
     tag = layer.scope.get_variable("params", "kernel")
-    if not isinstance(tag, _Tag) or tag.static[0] is not token:
+    if not _is_tag(tag, token):
         return
     _, path, rank, stored_axes = tag.static
     _refuse_another_weight(layer, tag.value, stored[path])
@@ -187,9 +189,7 @@ def _note_own_parameters(found, module, token):
     if module.scope is None:
         return
     for tag in module.scope.variables().get("params", {}).values():
-        if not isinstance(tag, _Tag) or tag.static[0] is not token:
-            continue
-        if tag.static[1] in found:
+        if not _is_tag(tag, token) or tag.static[1] in found:
             continue
         embedding = isinstance(module, nn.Embed)
         found[tag.static[1]] = {

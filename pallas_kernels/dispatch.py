@@ -22,6 +22,7 @@ from pallas_kernels.format import NMCompressed
 from pallas_kernels.measurements import Measurement
 from pallas_kernels.reference import Form
 
+_DENSE = "decompressing, then a dense product"
 TUNE = "python -m pallas_kernels.bench --tune"
 
 
@@ -42,17 +43,21 @@ class Choice:
 
 def choose(a: NMCompressed, b: jax.Array, form: Form) -> Choice:
     """What `nm_matmul` runs for A · B where it is free to choose."""
-    if reason := reference.unsupported(a, b, form):
-        return Choice("reference", f"{reason}: decompressing, then a dense product")
-    device = this_device()
-    m, k = a.shape
-    n = b.shape[-1 if form.b_is_kn else -2]
-    choice = judge(m, n, k, dtype=a.dtype, form=form, device=device)
+    choice = _judge_operands(a, b, form, this_device())
     if choice.name != "reference":
         unavailable = kernel(choice.name).unavailable(a, b, form)
         if unavailable:
             return Choice("reference", f"{choice.name}: {unavailable}: dense product")
     return choice
+
+
+def _judge_operands(a: NMCompressed, b: Any, form: Form, device) -> Choice:
+    """`judge`, where an instruction takes the operands."""
+    if reason := reference.unsupported(a, b, form):
+        return Choice("reference", f"{reason}: {_DENSE}")
+    m, k = a.shape
+    n = b.shape[-1 if form.b_is_kn else -2]
+    return judge(m, n, k, dtype=a.dtype, form=form, device=device)
 
 
 def is_measured() -> bool:
@@ -66,15 +71,12 @@ def judge(
 ) -> Choice:
     """What the measurements say about A (m, k) · B (k, n) on a device."""
     if device is None:
-        return Choice(
-            "reference",
-            "no kernel for this device: decompressing, then a dense product",
-        )
+        return Choice("reference", f"no kernel for this device: {_DENSE}")
     if 0 in (m, n, k):
         return Choice("reference", "an empty product")
-    name, dense = device.name, "decompressing, then a dense product"
+    name = device.name
     if device.kernel is None:
-        return Choice("reference", f"no kernel for {name}: {dense}")
+        return Choice("reference", f"no kernel for {name}: {_DENSE}")
     measured = measurements.load(name)
     comparable = [
         entry
@@ -88,7 +90,7 @@ def judge(
         what = f"no measurement near m, n, k = {m}, {n}, {k} for {name}"
         if measured is None:
             what = f"no measurement for {name} yet"
-        return Choice("reference", f"{what}: run `{TUNE}`; {dense}")
+        return Choice("reference", f"{what}: run `{TUNE}`; {_DENSE}")
     slowest = min(near, key=lambda entry: entry.ratio[0])
     words = (
         f"{device.kernel} was measured at {slowest.ratio[1]:.2f}x the dense product's "
@@ -96,7 +98,7 @@ def judge(
         f"{slowest.m}, {slowest.n}, {slowest.k} on {name}"
     )
     if slowest.ratio[0] <= 1:
-        return Choice("reference", f"{words}: {dense}")
+        return Choice("reference", f"{words}: {_DENSE}")
     nearest = min(near, key=lambda entry: _distance(entry, m, n, k))
     return Choice(device.kernel, f"{words}, the least near this size", nearest.config)
 
@@ -128,9 +130,10 @@ def explain(
     """
     if min(m, n, k) < 0 or k % 4:
         raise ValueError(f"m, n, k = {m}, {n}, {k}: expected sizes, k a multiple of 4")
-    form = form or Form()
-    values: Any = jax.ShapeDtypeStruct((m, k // 2), jnp.dtype(dtype))
+    form, dtype = form or Form(), jnp.dtype(dtype)
+    values: Any = jax.ShapeDtypeStruct((m, k // 2), dtype)
     a = NMCompressed(values, metadata=values, axis=-1)  # of which none is read
+    b = jax.ShapeDtypeStruct((k, n) if form.b_is_kn else (n, k), dtype)
     where = this_device()
     if device is not None and (where is None or device != where.name):
         where = data_sheet(device)
@@ -139,10 +142,7 @@ def explain(
                 f"device={device!r}: expected None, this device's name, or one of "
                 f"{[*DATA_SHEETS]}"
             )
-    if reason := reference.unsupported(a, values, form):
-        choice = Choice("reference", f"{reason}: decompressing, then a dense product")
-    else:
-        choice = judge(m, n, k, dtype=dtype, form=form, device=where)
+    choice = _judge_operands(a, b, form, where)
     name = where.name if where else jax.devices()[0].device_kind
     return f"{name}: {choice.name}; {choice.reason}"
 

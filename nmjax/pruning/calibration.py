@@ -207,15 +207,8 @@ def with_leaves(params: Any, new: Mapping[str, Any]) -> Any:
 
 
 def _note_linen(note, leaves, next_function, args, kwargs, context):
-    layer, scope = context.module, context.module.scope
-    called = context.method_name == "__call__"
-    if called and scope is not None and scope.has_variable("params", "kernel"):
-        path = "/".join((*layer.path, "kernel"))
-        kernel = meta.unbox(scope.get_variable("params", "kernel"))
-        # Else it is of another model that this one applies.
-        is_own = kernel is leaves.get(path) or isinstance(kernel, Tracer)
-        if not is_own:
-            return next_function(*args, **kwargs)
+    layer, path = context.module, _own_kernel(context.module, leaves)
+    if context.method_name == "__call__" and path is not None:
         if getattr(layer, "nm_recipe", None) is not None:
             raise ValueError(
                 f"{path}: the layer brings its own recipe, so its model is not dense: "
@@ -226,6 +219,16 @@ def _note_linen(note, leaves, next_function, args, kwargs, context):
             alone = alone.clone(einsum_str=equation_of(layer, args, kwargs))
         note(path, alone, args[0] if args else kwargs.get("inputs"))
     return next_function(*args, **kwargs)
+
+
+def _own_kernel(layer: nn.Module, leaves: Mapping[str, Any]) -> str | None:
+    """Path of a layer's kernel; None where that is of a model that this one applies."""
+    if layer.scope is None or not layer.scope.has_variable("params", "kernel"):
+        return None
+    path = "/".join((*layer.path, "kernel"))
+    kernel = meta.unbox(layer.scope.get_variable("params", "kernel"))
+    is_own = kernel is leaves.get(path) or isinstance(kernel, Tracer)
+    return path if is_own else None
 
 
 def _run_nnx(model, params, batch, kwargs, note) -> None:

@@ -142,7 +142,9 @@ class Loop:
         if self._metrics.last_step == self._step > 0:
             # This step's row was written, perhaps after its checkpoint: then the sums
             # of the row are still in it.
-            self._end_interval()
+            self._interval.row(0)
+            if self._at_end():
+                self._interval.layers({})
         self._progress = Progress(
             total=self._total, step=self._step, shown=progress and primary
         )
@@ -184,16 +186,15 @@ class Loop:
     def _at_epoch_end(self) -> bool:
         return self._step > 0 and self._step % self._steps_per_epoch == 0
 
-    def _end_interval(self) -> None:
-        self._interval.row(0)
-        if self._at_epoch_end() or self._at_phase_end():
-            self._interval.layers({})
-
     def _at_phase_end(self) -> bool:
         done, after = (
             phase_of_step(self._phases, s) for s in (self._step - 1, self._step)
         )
         return done is not after
+
+    def _at_end(self) -> bool:
+        """Whether layers.csv has rows of this step."""
+        return self._at_epoch_end() or self._at_phase_end()
 
     def _do_step(self) -> None:
         phase = phase_of_step(self._phases, self._step)
@@ -212,8 +213,9 @@ class Loop:
 
     def _measure(self) -> Mapping[str, Mapping[str, jax.Array]]:
         """Begins to measure the masks of this step, if a row is to follow."""
-        ended = self._at_epoch_end() or self._at_phase_end()
-        if self._mask_sizes and (ended or self._step % self._config.log_every == 0):
+        if self._mask_sizes and (
+            self._at_end() or self._step % self._config.log_every == 0
+        ):
             return jit_mask_metrics(self._phase)(self._state)
         return {}
 
@@ -296,7 +298,7 @@ class Loop:
             "images_per_second": self._clock.rate(self._config.batch_size),
         }
         layers = {}
-        if self._at_epoch_end() or self._at_phase_end():
+        if self._at_end():
             layers = self._interval.layers(step.sizes)
             for path, values in layers.items():
                 values |= {n: v[path] for n, v in masks.items() if path in v}

@@ -94,11 +94,10 @@ def find_position(
             logger.warning("%s; trying the one before", error)
             continue
         wait_for_hosts()  # all have read what is moved now
-        for later in [other for other in steps if other > step]:
-            set_aside(run_dir, "checkpoints", later)
-        for later in list_steps(run_dir / "best"):
-            if later > step:
-                set_aside(run_dir, "best", later)
+        for kind in ("checkpoints", "best"):
+            for later in list_steps(run_dir / kind):
+                if later > step:
+                    set_aside(run_dir, kind, later)
         logger.info("continuing from %s", folder / str(step))
         return position
     raise CheckpointError(

@@ -158,12 +158,13 @@ def write_descriptions(run_dir: Path, config: TrainConfig, plan: Plan) -> None:
     """Writes config.json, plan.json and versions.json, from the first host."""
     if jax.process_index() != 0:
         return
-    _write(run_dir / "config.json", json.dumps(config.to_dict(), indent=1))
-    _write(run_dir / "plan.json", plan.to_json())
-    _write(run_dir / "versions.json", json.dumps(versions(), indent=1))
+    write_whole(run_dir / "config.json", json.dumps(config.to_dict(), indent=1))
+    write_whole(run_dir / "plan.json", plan.to_json())
+    write_whole(run_dir / "versions.json", json.dumps(versions(), indent=1))
 
 
-def _write(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
+    """Writes a text file; a full disk, or a death meanwhile, leaves the old one."""
     new = file.with_name(file.name + ".new")
     new.write_text(text + "\n")
     os.replace(new, file)

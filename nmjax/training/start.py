@@ -24,6 +24,7 @@ from nmjax.training.evaluation import check_batch_size
 from nmjax.training.loop import Loop, TrainResult
 from nmjax.training.resume import Position, find_position, wait_for_hosts
 from nmjax.training.state import (
+    Phase,
     init_variables,
     jit_new_train_state,
     make_phases,
@@ -90,9 +91,9 @@ def train(
     # In a function of its own, so that the first parameters are not held for the
     # whole run beside those that are trained.
     with contextlib.ExitStack() as held:
+        where = Path(run_dir)
         loop = _prepare(
-            *(model, rules, data, config, Path(run_dir), resume, progress, given),
-            *(devices, held),
+            model, rules, data, config, where, resume, progress, given, devices, held
         )
         held.callback(loop.close)
         return loop.run()
@@ -145,7 +146,7 @@ def _prepare(
     return Loop(config, data, phases, run_dir, position, progress=progress)
 
 
-def _warn_of_another_phase(position: Position, phases: Sequence[Any]) -> None:
+def _warn_of_another_phase(position: Position, phases: Sequence[Phase]) -> None:
     """Phases that are shares of the run move when its length changes."""
     step = int(position.state.step)
     now = phase_of_step(phases, step - 1).name
@@ -153,7 +154,9 @@ def _warn_of_another_phase(position: Position, phases: Sequence[Any]) -> None:
         logger.warning(
             "step %d was in phase %r, which in a run of this length is %r: what "
             "follows is trained in the phases of the new length",
-            *(step, position.phase, now),
+            step,
+            position.phase,
+            now,
         )
 
 

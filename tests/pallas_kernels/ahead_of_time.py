@@ -17,8 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +141,8 @@ def _compile_once(arch: str, job: bytes) -> Compiled:
 @functools.cache
 def _process(arch: str) -> concurrent.futures.Executor:
     del arch  # one process each
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # which imports jax once for all
+    # Whose server imports jax once for all.
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
     atexit.register(executor.shutdown)
@@ -186,10 +184,10 @@ def _compile(function, arguments, target: Target) -> Compiled:
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
     )
-    with jax.default_device(device), _printed() as printed:
-        lowered = jax.jit(function).trace(*arguments)
-        lowered.lower(lowering_platforms=("cuda",)).compile()
-    kernel, _, host = printed().partition(_HOST)
+    with jax.default_device(device):
+        traced = jax.jit(function).trace(*arguments)
+        printed = _printed(traced.lower(lowering_platforms=("cuda",)).compile)
+    kernel, _, host = printed.partition(_HOST)
     assert kernel.count(".visible .entry") == 1, "expected one kernel"
     return Compiled(kernel, host and _HOST + host, target.arch)
 
@@ -205,26 +203,25 @@ def find_binary(name: str) -> str | None:
     return shutil.which(name)
 
 
-@contextmanager
-def _printed() -> Iterator[Callable[[], str]]:
+def _printed(compile_lowered: Callable) -> str:
     """What Mosaic prints of what it compiles: the PTX, then the host's LLVM.
 
     Given a folder, it dumps all it can there, which takes as long as compiling.
     """
     settings = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
+    stdout = os.dup(1)
     with tempfile.TemporaryFile() as file:
-        stdout = os.dup(1)
         os.environ.update(settings)
         os.dup2(file.fileno(), 1)
         try:
-            yield lambda: text
+            compile_lowered()
         finally:
             os.dup2(stdout, 1)
             os.close(stdout)
             for name in settings:
                 del os.environ[name]
-            file.seek(0)
-            text = file.read().decode()
+        file.seek(0)
+        return file.read().decode()
 
 
 def _config(target: Target) -> str:
