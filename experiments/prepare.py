@@ -16,6 +16,7 @@ from typing import Annotated
 import tyro
 
 from experiments import originals
+from experiments.presets import PRESETS
 from experiments.sources import BUNDLED, DataError, default_data_path
 from experiments.write import write_set
 
@@ -113,8 +114,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{original.name}: {images} images")
     following = "python -m experiments.imagenet"
     if command.data_path != BUNDLED:
-        following += f" --dataset {original.name}"
-        following += f" --data-path {shlex.quote(str(command.data_path))}"
+        of_set = (
+            n for n, p in PRESETS.items() if p.options.data.dataset == original.name
+        )
+        following += (
+            f" {next(of_set)} --data-path {shlex.quote(str(command.data_path))}"
+        )
     print(f"{folder} is ready; next: {following}")
 
 

@@ -372,14 +372,6 @@ def _refuse_idle(options: Options, given: set[str]) -> None:
         raise ValueError(f"{flag(name)} has no effect with {idle[name]}: leave it out")
 
 
-def write_options(options: Options, folder: Path) -> None:
-    """Writes options.json into a run folder, made if need be; `--resume` reads it."""
-    from nmjax.training.run_folder import write_whole  # loads jax
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "options.json", json.dumps(options.flat(), indent=1))
-
-
 def read_options(folder: Path) -> Options | None:
     """The options that a run folder was trained with; None if it says nothing.
 

@@ -21,7 +21,6 @@ from experiments.presets import (
     SparsityOptions,
     flag,
     read_options,
-    write_options,
 )
 from nmjax import models, training
 from nmjax.training.checkpoint import list_steps
@@ -309,7 +308,6 @@ def train_network(
             "init_params": loaded["params"],
             "init_batch_stats": loaded["batch_stats"],
         }
-    write_options(options, folder)
     result = training.train(
         make_model(options, data),
         rules,
@@ -317,6 +315,7 @@ def train_network(
         config,
         folder,
         progress=progress,
+        options=options.flat(),
         **start,
     )
     plot_run(folder)

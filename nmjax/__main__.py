@@ -110,9 +110,9 @@ def _find_runs(path: Path) -> list[Path]:
     if any(map(Path.is_dir, holds_checkpoints)):
         return [path]
     children = sorted(child for child in path.iterdir() if child.is_dir())
-    if any(child.name.isdigit() for child in children):  # RUN/best, RUN/checkpoints
-        return [path]
     runs = [child for child in children if (child / "checkpoints").is_dir()]
+    if not runs and any(child.name.isdigit() for child in children):
+        return [path]  # RUN/best, RUN/checkpoints
     if not runs:
         raise ValueError(
             f"{path} holds no run: a run folder has checkpoints/STEP, and a folder of "

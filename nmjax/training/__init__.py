@@ -21,6 +21,7 @@ channels), `num_train`, `num_test` and
 `batch_size` is that of one host. A run folder holds
 
     config.json, versions.json, plan.json     what was asked, on what, sparse where
+    options.json                              what else the caller asked, if anything
     metrics.csv, events.*                     one row for each interval and epoch
     layers.csv                                the masks of each layer, once an epoch
     checkpoints/STEP, best/STEP               see nmjax.training.checkpoint

@@ -48,6 +48,7 @@ def train(
     init_params: Mapping[str, Any] | None = None,
     init_batch_stats: Mapping[str, Any] | None = None,
     devices: Sequence[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Trains a model, or continues to, until `config.epochs` are done.
 
@@ -74,6 +75,8 @@ def train(
         `model.init(jax.random.key(config.seed), ...)`.
       init_batch_stats: Batch statistics to begin with.
       devices: Devices to use; None = all, of all hosts.
+      options: What else this run is made from, JSON-able; written to `options.json`
+        once all arguments are accepted.
 
     Returns:
       The result; a run that is already complete is evaluated again.
@@ -93,14 +96,34 @@ def train(
     with contextlib.ExitStack() as held:
         where = Path(run_dir)
         loop = _prepare(
-            model, rules, data, config, where, resume, progress, given, devices, held
+            model,
+            rules,
+            data,
+            config,
+            where,
+            resume,
+            progress,
+            given,
+            devices,
+            options,
+            held,
         )
         held.callback(loop.close)
         return loop.run()
 
 
 def _prepare(
-    model, rules, data, config, run_dir, resume, progress, given, devices, held
+    model,
+    rules,
+    data,
+    config,
+    run_dir,
+    resume,
+    progress,
+    given,
+    devices,
+    options,
+    held,
 ) -> Loop:
     mesh = data_mesh(devices)
     steps_per_epoch = _steps_per_epoch(config, data, mesh)
@@ -134,7 +157,8 @@ def _prepare(
             f"{config.epochs} epochs of {steps_per_epoch} steps is shorter than what "
             f"is done in {run_dir}, {position.state.step} steps"
         )
-    run_folder.write_descriptions(run_dir, config, plans.get("sparse", phases[-1].plan))
+    plan = plans.get("sparse", phases[-1].plan)
+    run_folder.write_descriptions(run_dir, config, plan, options)
     wait_for_hosts()
     if position is None:
         state = jit_new_train_state(phases[0])(variables)
@@ -162,6 +186,8 @@ def _warn_of_another_phase(position: Position, phases: Sequence[Phase]) -> None:
 
 def _steps_per_epoch(config: TrainConfig, data: Any, mesh: Mesh) -> int:
     check_batch_size(config.batch_size, mesh, config.micro_batches)
+    if not data.num_test:
+        raise ValueError(f"the test set of {data.name} is empty")
     if data.num_train < config.batch_size:
         raise ValueError(
             f"batch_size {config.batch_size} is larger than the training set of "

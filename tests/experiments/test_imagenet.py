@@ -248,7 +248,7 @@ class TestBeforeTraining:
     def test_folder_of_a_run_with_other_options(self, error, tmp_path):
         (tmp_path / "checkpoints" / "5").mkdir(parents=True)
         options = PRESETS["digits-resnet8-2to4"].options.replace(lr=0.5)
-        presets.write_options(options, tmp_path)
+        (tmp_path / "options.json").write_text(json.dumps(options.flat()))
         message = error("digits-resnet8-2to4", "--output-dir", str(tmp_path))
         assert "--lr 0.5, not 0.1" in message
         # Without a checkpoint there is nothing to continue.
@@ -270,21 +270,6 @@ class TestBeforeTraining:
     def test_pretrained_that_is_no_run(self, error, tmp_path):
         place = ["--pretrained", str(tmp_path), "--output-dir", str(tmp_path / "run")]
         assert str(tmp_path) in error("digits-resnet8-2to4", *place)
-
-
-def test_options_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch):
-    options = PRESETS["digits-resnet8-2to4"].options
-    presets.write_options(options, tmp_path)
-    write = presets.Path.write_text
-
-    def half(path, text):
-        write(path, text[:10])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(presets.Path, "write_text", half)
-    with pytest.raises(OSError, match="No space"):
-        presets.write_options(options.replace(lr=0.5), tmp_path)
-    assert presets.read_options(tmp_path) == options
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_digits_are_written_byte_for_byte_the_same(tmp_path, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
         f"{tmp_path}/two/digits/1.0.0 is ready; next: python -m experiments.imagenet "
-        f"--dataset digits --data-path {tmp_path}/two"
+        f"digits-resnet8-2to4 --data-path {tmp_path}/two"
     )
 
 
@@ -111,7 +111,7 @@ def test_fashion_mnist_is_read_back(fashion, tmp_path, capsys):
     assert captured.out.splitlines() == [
         "fashion_mnist: 20 train, 8 test images",
         f"{out}/fashion_mnist/1.0.0 is ready; next: python -m experiments.imagenet "
-        f"--dataset fashion_mnist --data-path '{out}'",
+        f"fashion-resnet8-2to4 --data-path '{out}'",
     ]
     assert "images/s" in captured.err  # the progress bar
     data = load("fashion_mnist", out)

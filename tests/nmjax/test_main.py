@@ -151,6 +151,13 @@ def test_a_comparison_is_a_line_for_each_run(comparison, capsys):
     assert lines[-1].startswith("N:M holds in 1 of 1 sparse networks; 1 dense. Next:")
 
 
+def test_runs_may_be_named_by_numbers(run, tmp_path, capsys):
+    run.rename(tmp_path / "1")
+    shutil.copytree(tmp_path / "1", tmp_path / "2")
+    assert main(["check", str(tmp_path)]) == 0
+    assert "N:M holds in 2 of 2 sparse networks" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "finding"),
     [

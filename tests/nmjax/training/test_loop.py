@@ -4,6 +4,7 @@ import logging
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -293,6 +294,31 @@ def test_two_processes_do_not_train_in_one_folder(run_dir):
     run(run_dir, settings=config(**PHASES, keep=9))
 
 
+def test_options_are_those_of_the_last_command_that_was_accepted(run_dir):
+    settings, written = config(**PHASES, keep=9), run_dir / "options.json"
+    run(run_dir, settings=settings, options={"augment": "flip", "shift": [2, 2]})
+    assert json.loads(written.read_text()) == {"augment": "flip", "shift": [2, 2]}
+    with run_folder.locked(run_dir), pytest.raises(CheckpointError, match="another"):
+        run(run_dir, settings=settings, options={"augment": "none"})
+    with pytest.raises(ValueError, match="shorter than what is done"):
+        run(run_dir, settings=config(**PHASES, epochs=3), options={"augment": "none"})
+    assert json.loads(written.read_text())["augment"] == "flip"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    file, write = tmp_path / "config.json", Path.write_text
+    run_folder.write_whole(file, "old")
+
+    def half(path, text):
+        write(path, text[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        run_folder.write_whole(file, "new")
+    assert file.read_text() == "old\n"
+
+
 def test_a_run_that_died_before_its_first_checkpoint_may_begin_otherwise(tmp_path):
     with pytest.raises(Crash):
         run(tmp_path, data=FakeData(at_step=crash_at(2)))
@@ -458,6 +484,10 @@ def test_no_checkpoint_with_nan_is_written(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found["params"]))
 
 
+class NoTest(FakeData):
+    num_test = 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -473,6 +503,7 @@ def test_no_checkpoint_with_nan_is_written(tmp_path):
             {"settings": config(batch_size=68)},
             "batch_size 68 is larger than the training set of fake, 64 images",
         ),
+        ({"data": NoTest()}, "the test set of fake is empty"),
         (
             {"model": Net(num_classes=7)},
             r"shape \(1, 7\); fake has 10 classes, so it should be \(1, 10\)",
