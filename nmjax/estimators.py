@@ -17,6 +17,7 @@ traceback shows the line that calls the `custom_vjp`: the comment there is for t
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -262,3 +263,30 @@ def _identity_gradient(w: jax.Array, value: jax.Array) -> jax.Array:
 
 
 _identity_gradient.defvjp(lambda w, value: (value, None), lambda _, dw_s: (dw_s, None))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def refuse_gradient(message: str, value: jax.Array, of: Any) -> jax.Array:
+    """`value` as it is; whoever differentiates by a leaf of `of` is told why not.
+
+    Args:
+      message: Of the error.
+      value: Of any shape and dtype; its gradient passes.
+      of: A tree of arrays.
+
+    Raises:
+      ValueError: A leaf of `of` is differentiated.
+    """
+    del message, of
+    return value
+
+
+def _refuse_gradient_fwd(message, value, of):
+    if any(leaf.perturbed for leaf in jax.tree.leaves(of)):
+        raise ValueError(message)
+    return value.value, None
+
+
+refuse_gradient.defvjp(
+    _refuse_gradient_fwd, lambda message, _, dvalue: (dvalue, None), symbolic_zeros=True
+)

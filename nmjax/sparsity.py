@@ -21,7 +21,6 @@ weight.
 """
 
 import dataclasses
-import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -300,7 +299,7 @@ class Sparsity:
             if "key" in entry:
                 raise ValueError(message)
             if "logits" in entry:
-                w = _without_logits(message, w, entry["logits"])
+                w = estimators.refuse_gradient(message, w, entry["logits"])
         mask = self.mask(w, entry)
         if recipe.mask == "soft-threshold":
             if "scale" not in entry:
@@ -328,8 +327,10 @@ class Sparsity:
             self.choose_mask(w)  # says what is missing
         if "key" not in entry:
             message = f"{self.path}: {NO_KEY}"
-            pattern, axis = self.pattern, self.axis
-            return _without_noise(message, pattern, axis, w, entry["logits"])
+            logits = entry["logits"]
+            mask = best_mask(logits, self.pattern, axis=self.axis)
+            w_s = estimators.masked(w, mask)
+            return estimators.refuse_gradient(message, w_s, (w, logits))
         if "temperature" not in entry:
             raise ValueError(self._missing("temperature"))
         mask = sample_mask(
@@ -380,41 +381,3 @@ def _on_last_axes(choose, w: jax.Array, axes: tuple[int, int]) -> jax.Array:
     if axes == (-2, -1):
         return choose(w)
     return jnp.moveaxis(choose(jnp.moveaxis(w, axes, (-2, -1))), (-2, -1), axes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _without_noise(message, pattern, axis, w: jax.Array, logits: jax.Array):
-    """`w` under its most probable mask; a gradient of it is refused."""
-    del message
-    return estimators.masked(w, best_mask(logits, pattern, axis=axis))
-
-
-def _refuse(message, *_):
-    raise ValueError(message)
-
-
-_without_noise.defvjp(
-    lambda message, pattern, axis, w, logits: (
-        _without_noise(message, pattern, axis, w, logits),
-        None,
-    ),
-    _refuse,
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _without_logits(message, w: jax.Array, logits: jax.Array) -> jax.Array:
-    """`w`; a gradient of `logits`, which had no part in its mask, is refused."""
-    del message, logits
-    return w
-
-
-def _without_logits_fwd(message, w, logits):
-    if logits.perturbed:
-        raise ValueError(message)
-    return w.value, None
-
-
-_without_logits.defvjp(
-    _without_logits_fwd, lambda message, _, dw: (dw, None), symbolic_zeros=True
-)
