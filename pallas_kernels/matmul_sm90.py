@@ -18,8 +18,9 @@ part for all. A comes from where the Config says:
 
     shared       values and metadata as `format.py` stores them, TMA copies both
     registers    in the order of the registers (`wgmma.fragments`, a pass over A more);
-                 each thread loads its own, a step ahead. Every 64 rows of A read all of
-                 B from shared memory, whose bandwidth is the limit: A then takes none
+                 each thread loads its own, a step ahead, the next tile's first while
+                 this one is written. Every 64 rows of A read all of B from shared
+                 memory, whose bandwidth is the limit: A then takes none
 
 TMA fills what it reads beyond an edge with zeros and drops what it writes there, so no
 size has to be a multiple of a block. It moves tiles of 8 rows of 128 bytes (a swizzle):
@@ -154,9 +155,11 @@ def _gemm(a, b, bias, form: Form, config: SM90Config, clusters: int, interpret):
         padded.shape[0] // config.block_m // config.cluster_m,
         -(-n // config.block_n),
     )
+    clusters = min(clusters, tiles[0] * tiles[1])
     run = ptx.kernel(
         functools.partial(
             _kernel,
+            clusters=clusters,
             tiles=tiles,
             steps=padded.shape[1] // config.block_k,
             form=form,
@@ -168,7 +171,7 @@ def _gemm(a, b, bias, form: Form, config: SM90Config, clusters: int, interpret):
             functools.partial(ptx.whole_tiles, smem=scratch["d_smem"]), out
         ),
         scratch_types=scratch,
-        grid=(min(clusters, tiles[0] * tiles[1]),),
+        grid=(clusters,),
         grid_names=("clusters",),
         cluster=(config.cluster_m,),
         cluster_names=("cluster",),
@@ -222,6 +225,7 @@ def _kernel(
     d_smem,
     full,
     empty,
+    clusters: int,
     tiles: tuple[int, int],
     steps: int,
     form: Form,
@@ -236,24 +240,32 @@ def _kernel(
     def stage(step):
         return lax.rem(step, config.stages)
 
-    def for_tiles(visit):
-        """Calls visit(row, column, first), first counting the steps before the tile.
+    def place(index):
+        """Row and column of the block's tile of this index; of the last if beyond."""
+        index = lax.min(index, tiles[0] * tiles[1] - 1)
+        row, column = plgpu.planar_snake(index, tiles, 0, config.grid_width)
+        return row * config.cluster_m + lax.axis_index("cluster"), column
 
-        Returns the count of all steps.
+    def for_tiles(visit, held):
+        """`held = visit(index, first, held)` for all tiles of the block.
+
+        first counts the steps before the tile; returned is the count of all.
         """
 
         def tile(info, carry):
-            row, column = plgpu.planar_snake(info.index[0], tiles, 0, config.grid_width)
-            row = row * config.cluster_m + lax.axis_index("cluster")
-            visit(row, column, carry)
-            return carry + steps
+            first, held = carry
+            return first + steps, visit(info.index[0], first, held)
 
         loop: Any = plgpu.nd_loop(
-            (tiles[0] * tiles[1],), collective_axes="clusters", init_carry=jnp.int32(0)
+            (tiles[0] * tiles[1],),
+            collective_axes="clusters",
+            init_carry=(jnp.int32(0), held),
         )
-        return loop(tile)
+        return loop(tile)[0]
 
-    def copy(row, column, first):
+    def copy(index, first, _):
+        row, column = place(index)
+
         def step(i, _):
             s = stage(first + i)
 
@@ -289,8 +301,8 @@ def _kernel(
         plgpu.barrier_arrive(empty.at[s])
         return acc
 
-    def multiply_from_shared(row, first):
-        del row
+    def multiply_from_shared(index, first, _):
+        del index
         values_smem, metadata_smem = a_smem
         rows = pl.ds(warpgroup * half, half)
         word_rows = pl.ds(warpgroup * half // 2, half // 2)
@@ -302,31 +314,34 @@ def _kernel(
         def step(i, acc):
             return product(first + i, acc, operand)
 
-        return lax.fori_loop(0, steps, step, zeros())
+        return lax.fori_loop(0, steps, step, zeros()), None
 
-    def multiply_from_registers(row, first):
+    def fragments(row, i):
+        """A's values and metadata of the warpgroup's rows in step i."""
         tile = row * (block_m // 64) + warpgroup * (half // 64)
 
-        def load(source, layout, count, i):
+        def load(source, layout, count):
             return [
                 ptx.load(source.at[tile + mm, i * count + kk], layout)
                 for mm in range(half // 64)
                 for kk in range(count)
             ]
 
-        def fragments(i):
-            values = load(a_gmem, wgmma.FRAGMENT, block_k // 32, i)
-            words = load(metadata_gmem, wgmma.FRAGMENT_METADATA, block_k // 64, i)
-            return values, words
+        values = load(a_gmem, wgmma.FRAGMENT, block_k // 32)
+        return values, load(metadata_gmem, wgmma.FRAGMENT_METADATA, block_k // 64)
+
+    def multiply_from_registers(index, first, operand):
+        (row, _), (next_row, _) = place(index), place(index + clusters)
 
         def step(i, carry):
-            acc, values, words = carry
-            ahead = fragments(lax.min(i + 1, steps - 1))
-            acc = product(first + i, acc, lambda s: (values, words))
-            return acc, *ahead
+            acc, operand = carry
+            last = i == steps - 1
+            ahead = fragments(
+                lax.select(last, next_row, row), lax.select(last, 0, i + 1)
+            )
+            return product(first + i, acc, lambda s: operand), ahead
 
-        acc, *_ = lax.fori_loop(0, steps, step, (zeros(), *fragments(0)))
-        return acc
+        return lax.fori_loop(0, steps, step, (zeros(), operand))
 
     def zeros():
         acc = jnp.zeros((half, block_n), jnp.float32)
@@ -372,7 +387,7 @@ def _kernel(
     @pl.when(warpgroup == _COPYING)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        count = for_tiles(copy)
+        count = for_tiles(copy, None)
 
         # A block of a cluster must not end before the others have let go of its stages.
         @pl.loop(lax.max(count - config.stages, 0), count)
@@ -382,14 +397,17 @@ def _kernel(
     @pl.when(warpgroup != _COPYING)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        multiply = {
-            "shared": multiply_from_shared,
-            "registers": multiply_from_registers,
-        }[config.a_from]
+        multiply, operand = multiply_from_shared, None
+        if config.a_from == "registers":
+            row, _ = place(lax.axis_index("clusters"))
+            multiply, operand = multiply_from_registers, fragments(row, 0)
 
-        def make(row, column, first):
+        def make(index, first, operand):
+            row, column = place(index)
             bias = load_bias(row, column)  # arrives while the tile is multiplied
-            write(multiply(row, first), bias, row, column)
+            acc, operand = multiply(index, first, operand)
+            write(acc, bias, row, column)
+            return operand
 
-        for_tiles(make)
+        for_tiles(make, operand)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
