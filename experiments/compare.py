@@ -33,7 +33,7 @@ from experiments.presets import Options, flag
 from experiments.records import Record, Records
 from experiments.tables import Comparison, report
 from nmjax import pruning, training
-from nmjax.training.run_folder import versions
+from nmjax.training.run_folder import versions, write_whole
 
 _CALIBRATION = 4  # batches of training images for pruning after training
 
@@ -79,7 +79,7 @@ def compare(options: CompareOptions, say: Callable[[str], None] = _say) -> None:
         if number > 1:
             found = Comparison(compared, units[:number], records.all())
             text = report(found, splits[0].num_test)
-            (folder / "table.md").write_text(f"{text}\n\n{_origin(options)}\n")
+            write_whole(folder / "table.md", f"{text}\n\n{_origin(options)}")
     say(f"\n{text}\n")
     plot_comparison(found, folder / "plots")
     if runs := _kept_runs(compared, options, units):

@@ -177,10 +177,11 @@ def _run_single(options: Options) -> None:
     print(f"run folder: {folder}\n", flush=True)
     outcome = single.train_network(options, data, folder)
     layers = outcome.sparse_layers
+    found = f"passed, {layers} layers" if layers else "weights are dense"
     print(
         f"\nTest set: {_scores(outcome.top1, outcome.top5)}\n"
-        + (f"N:M check: passed, {layers} layers\n" if layers else "N:M check: dense\n")
-        + f"Results: {folder}/metrics.csv, plots/*.png, checkpoints/, best/\n"
+        f"N:M check: {found}\n"
+        f"Results: {folder}/metrics.csv, plots/*.png, checkpoints/, best/\n"
         f"Next: python -m nmjax check {folder}, python -m nmjax summary {folder}, or "
         f"{PROG} --test-only --resume {folder}"
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.methods import METHODS, TRAINING, CompareOptions, Method
 from experiments.presets import Options
+from nmjax.training.run_folder import write_whole
 
 # What may differ when a comparison is continued or extended.
 _FREE = ("output_dir", "data_path", "recipes", "patterns", "seeds")
@@ -108,9 +109,7 @@ class Records:
         self._found[record.key] = record
         runs = [dataclasses.asdict(record) for record in self._found.values()]
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps({**self._head, "runs": runs}, indent=1) + "\n")
-        temporary.replace(self._file)
+        write_whole(self._file, json.dumps({**self._head, "runs": runs}, indent=1))
 
 
 def _training(options: CompareOptions) -> dict[str, Any]:

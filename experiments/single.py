@@ -334,7 +334,7 @@ def check_run(folder: Path) -> int:
       nmjax.CheckError: One is not.
     """
     saved = training.restore(folder)
-    nmjax.check(saved["params"], saved["plan"], saved["masks"])
+    training.check_network(saved)
     return len(saved["plan"].masked)
 
 
@@ -355,11 +355,10 @@ def evaluate_run(
       ValueError: There is no checkpoint of this model.
     """
     saved = training.restore(checkpoint)
-    variables = {name: saved[name] for name in ("params", "batch_stats", "nm")}
     return training.evaluate(
         make_model(options, data),
         saved["plan"],
-        variables,
+        saved,
         data,
         options.optim.batch_size,
     )

@@ -48,7 +48,7 @@ from nmjax.swap import sparsify as sparsify
 from nmjax.two_phase import switched as switched
 from nmjax.two_phase import two_phase_adam as two_phase_adam
 
-_ON_FIRST_USE = ("metrics", "nnx", "pruning", "training")
+_ON_FIRST_USE = ("metrics", "models", "nnx", "pruning", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -14,10 +14,7 @@ from typing import Any
 import jax
 
 import nmjax
-from nmjax.audit import Problem
-from nmjax.paths import named_leaves
 from nmjax.plans import Plan
-from nmjax.state import state_leaves
 
 SPARSE, DENSE, FAILED, UNREADABLE = "sparse", "dense", "failed", "unreadable"
 
@@ -123,6 +120,8 @@ def _find_runs(path: Path) -> list[Path]:
 
 def _check(folder: Path, network: dict[str, Any]) -> str:
     """Prints what is to be said of one network; returns the verdict."""
+    from nmjax.training import check_network
+
     plan: Plan = network["plan"]
     label = f"{folder}, step {network['step']}:"
     if not plan.sparse:
@@ -131,16 +130,17 @@ def _check(folder: Path, network: dict[str, Any]) -> str:
         print(f"{label} dense, {why}")
         return DENSE
     try:
-        _refuse_missing_masks(plan, network["masks"])
-        nmjax.check(network["params"], plan, network["masks"])
-        _refuse_masks_of_other_logits(network)
+        check_network(network)
     except nmjax.CheckError as error:
         print(f"{label} FAILED, {error}")
         return FAILED
     patterns = sorted({str(e.recipe.pattern) for e in plan.sparse if e.recipe})
+    what = f"{len(plan.masked)} of {len(plan)} weights are"
+    if not plan.masked:
+        what = f"weights are dense, activations of {len(plan.sparse)} layers are"
     print(
-        f"{label} ok, {len(plan.sparse)} of {len(plan)} weights are "
-        f"{' or '.join(patterns)} along the axis that their GEMM contracts"
+        f"{label} ok, {what} {' or '.join(patterns)} along the axis that their GEMM "
+        "contracts"
     )
     return SPARSE
 
@@ -151,38 +151,6 @@ def _summary(folder: Path, network: dict[str, Any]) -> str:
     masks = network["masks"]
     print(nmjax.summary(network["params"], network["plan"], masks), end="\n\n")
     return SPARSE if network["plan"].sparse else DENSE
-
-
-def _refuse_missing_masks(plan: Plan, masks: Any) -> None:
-    """`nmjax.check` takes no masks at all for "they were not saved": here they are."""
-    if not masks:
-        lacking = "the checkpoint has no mask for it"
-        raise nmjax.CheckError(
-            [Problem(e.path, "missing", lacking) for e in plan.sparse]
-        )
-
-
-def _refuse_masks_of_other_logits(network: dict[str, Any]) -> None:
-    """Learned masks must be the most probable ones of the logits beside them."""
-    plan: Plan = network["plan"]
-    learned = [e.path for e in plan.masked if e.recipe and e.recipe.mask == "learned"]
-    if not learned:
-        return
-    params, logits = network["params"], network["nm_logits"]
-    lacking = [path for path in learned if path not in named_leaves(logits)]
-    if lacking:
-        what = "the checkpoint has no logits for it"
-        raise nmjax.CheckError([Problem(path, "missing", what) for path in lacking])
-    own = nmjax.prepare(params, plan, network["nm"], logits=logits)
-    own, stored = state_leaves(own, "mask"), state_leaves(network["masks"], "mask")
-    differ = {path: int((own[path] != stored[path]).sum()) for path in learned}
-    problems = [
-        Problem(path, "weights", f"{bits} bits differ from the mask of the logits")
-        for path, bits in differ.items()
-        if bits
-    ]
-    if problems:
-        raise nmjax.CheckError(problems)
 
 
 def _is_sparse_later(folder: Path) -> bool:

@@ -7,6 +7,7 @@ names, and that it is the mask of the weights beside it. So it can fail.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from nmjax.paths import named_leaves
 from nmjax.plans import Plan, PlanEntry
 from nmjax.recipe import Recipe
 from nmjax.sparsity import MASKS, Sparsity
-from nmjax.state import NMState, state_leaves, state_paths
+from nmjax.state import NMState, entries_of, state_leaves
 
 Kind = Literal["missing", "shape", "axis", "pattern", "weights", "stranger"]
 
@@ -58,9 +59,10 @@ def check(params: Any, plan: Plan, state: NMState | None = None) -> None:
     Args:
       params: Parameter tree.
       plan: The plan.
-      state: Masks that the op used: from `prepare`, or the "masks" of a checkpoint.
-        Where a recipe keeps no mask and `state` has none, the mask of the weights is
-        judged. For learned masks: `nmjax.prepare(params, plan, state, logits=logits)`.
+      state: Masks that the op used: from `prepare`, or the "masks" of a checkpoint; or
+        those that recipes keep, from `init_state`: of the others the mask of the
+        weights is then judged. For learned masks:
+        `nmjax.prepare(params, plan, state, logits=logits)`.
 
     Raises:
       CheckError: A parameter or mask is missing or has another shape, a mask is not
@@ -74,10 +76,13 @@ def check(params: Any, plan: Plan, state: NMState | None = None) -> None:
     masks, orders = _masks(state), state_leaves(state or {}, "output_order")
     problems = [
         Problem(path, "stranger", "has a mask, but the plan does not mask it")
-        for path in sorted(state_paths(state or {}) - {e.path for e in plan.masked})
+        for path in sorted(
+            entries_of(state or {}).keys() - {e.path for e in plan.masked}
+        )
     ]
+    whole = _is_whole(plan, masks)
     for entry in plan.sparse:
-        problems += _judge(entry, weights.get(entry.path), masks, orders)
+        problems += _judge(entry, weights.get(entry.path), masks, orders, whole)
     if problems:
         raise CheckError(problems)
 
@@ -95,7 +100,13 @@ def _masks(state: NMState | None) -> dict[str, dict[str, np.ndarray]]:
     return masks
 
 
-def _judge(entry: PlanEntry, w, masks, orders) -> list[Problem]:
+def _is_whole(plan: Plan, masks: Mapping[str, Any]) -> bool:
+    """Whether the masks are all that the op used, not only those that recipes keep."""
+    kept = {e.path for e in plan.masked if e.recipe and e.recipe.keeps_mask}
+    return not masks.keys() <= kept
+
+
+def _judge(entry: PlanEntry, w, masks, orders, whole: bool) -> list[Problem]:
     path, sparsity = entry.path, Sparsity.of(entry)
     if w is None:
         return [Problem(path, "missing", "is in the plan, not in the parameters")]
@@ -110,7 +121,7 @@ def _judge(entry: PlanEntry, w, masks, orders) -> list[Problem]:
             return [Problem(path, "axis", detail)]
     learned = recipe.mask == "learned"
     given = masks.get(path, {})
-    if "mask" not in given and (masks or recipe.keeps_mask or learned):
+    if "mask" not in given and (whole or recipe.keeps_mask or learned):
         return [Problem(path, "missing", "the state has no mask for it")]
     if recipe.reorder and path not in orders:
         return [Problem(path, "missing", "the state has no output_order for it")]
@@ -273,6 +284,7 @@ def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
     """
     weights = _arrays(params)
     masks, orders = _masks(state), state_leaves(state or {}, "output_order")
+    whole = _is_whole(plan, masks)
     rows = [("path", "layer", "shape", "axes", "recipe", "density", "N:M")]
     kept = total = present = 0
     for entry in plan:
@@ -284,7 +296,7 @@ def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
             density, verdict = _density(entry), "not judged"
             if w is None or hasattr(w, "__array__"):
                 w = None if w is None else np.asarray(w)
-                problems = _judge(entry, w, masks, orders)
+                problems = _judge(entry, w, masks, orders, whole)
                 verdict = f"no: {problems[0].kind}" if problems else "yes"
             if not entry.masks_weight and verdict == "yes":
                 verdict = f"W dense: {_sparse_operands(sparsity.recipe)} is N:M"

@@ -13,7 +13,7 @@ from nmjax.plans import Plan
 from nmjax.sparsity import Sparsity
 from nmjax.state import NMState, state_entries
 
-Schedule = Callable[[jax.Array], jax.Array]
+DecaySchedule = Callable[[jax.Array], jax.Array]
 
 
 class AddDecayState(NamedTuple):
@@ -22,7 +22,7 @@ class AddDecayState(NamedTuple):
     count: jax.Array
 
 
-def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
+def add_decay(plan: Plan, decay: float | DecaySchedule | None = None) -> Any:
     """Adds λ(1 − E)W to the gradient of each weight (SR-STE, arXiv:2102.04010).
 
     Acts on weights whose recipe has `decay_in="optimizer"` and on no other. Put it
@@ -45,11 +45,13 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
       `nm=` (a state, or what `nmjax.prepare` made) where a recipe keeps its mask.
 
     Raises:
-      ValueError: At update: the parameters are missing or are those of another plan,
+      ValueError: `decay` is no such thing, or a number that is negative or not finite.
+        At update: the parameters are missing or are those of another plan,
         or a needed mask is not in `nm`.
     """
     import optax
 
+    _require_decay(decay)
     sparse = {entry.path: Sparsity.of(entry) for entry in plan.sparse}
     sparse = {
         path: sparsity
@@ -86,6 +88,17 @@ def add_decay(plan: Plan, decay: float | Schedule | None = None) -> Any:
         return map_named(add, updates), AddDecayState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _require_decay(decay: Any) -> None:
+    if isinstance(decay, int | float):
+        if not (math.isfinite(decay) and decay >= 0):
+            raise ValueError(f"decay must be finite and at least 0, got {decay}")
+    elif not (decay is None or callable(decay) or getattr(decay, "ndim", 1) == 0):
+        raise ValueError(
+            f"decay must be a number, a scalar or a function of the count of updates, "
+            f"got {decay!r}"
+        )
 
 
 def _is_zero(decay: Any) -> bool:

@@ -52,7 +52,7 @@ class Candidate:
         more.
       reason: Why no recipe can act on it, or "".
       recipe: The recipe that the layer brings itself (drop-in layers).
-      ignored: The pass did not come by; no statement about this parameter.
+      ignored: Whether the traced call did not reach it, so that nothing is known of it.
     """
 
     path: str

@@ -83,16 +83,14 @@ def find_candidates(
         jax.eval_shape(run, variables)
     finally:
         _RECORDING.reset(recording)
-    return [
-        Candidate(
-            path,
-            tuple(leaf.shape),
-            str(leaf.dtype),
-            **found.get(path, {"ignored": True}),
-        )
-        for path, leaf in named_leaves(variables["params"]).items()
-        if is_weight(path, found.get(path, {}).pop("ndim", leaf.ndim))
-    ]
+    candidates = []
+    for path, leaf in named_leaves(variables["params"]).items():
+        facts = found.get(path, {"ignored": True})
+        ndim = facts.pop("ndim", leaf.ndim)
+        if is_weight(path, ndim):
+            shape, dtype = tuple(leaf.shape), str(leaf.dtype)
+            candidates.append(Candidate(path, shape, dtype, **facts))
+    return candidates
 
 
 _RECORDING: contextvars.ContextVar[bool] = contextvars.ContextVar("recording")

@@ -27,8 +27,7 @@ class Schedule:
       dense_from: From here on the layer is dense again: 2by4 (arXiv:2404.01847)
         trains its last sixth so, torchao its last 30 %.
       patterns: Gradual N: `((0.2, "3:4"), (0.4, "2:4"))` takes the pattern 3:4 from
-        0.2 and 2:4 from 0.4 on, and the recipe's own before. The last must be the
-        pattern that the run ends with.
+        0.2 and 2:4 from 0.4 on, and the recipe's own before.
     """
 
     dense_until: float = 0.0

@@ -34,7 +34,7 @@ from nmjax.masks import Ragged, magnitude_mask
 from nmjax.masks.learned import best_mask, init_logits, patterns, sample_mask
 from nmjax.masks.output_order import mask_in_order, search_output_order
 from nmjax.pattern import NMPattern
-from nmjax.plans import PlanEntry
+from nmjax.plans import PlanEntry, group_axes_of
 from nmjax.recipe import Recipe
 
 Entry = Mapping[str, jax.Array]
@@ -93,9 +93,7 @@ class Sparsity:
     @property
     def group_axes(self) -> tuple[int, ...]:
         """The axes along which masks of the weight run, counted from the end."""
-        if not self.recipe.masks_weight:
-            return ()
-        return (self.axis, self.out_axis) if self.recipe.on_both_axes else (self.axis,)
+        return group_axes_of(self.recipe, (self.axis,), (self.out_axis,))
 
     def number_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a number kept for a weight of this shape."""

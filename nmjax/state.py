@@ -268,7 +268,7 @@ def bake(
 
 
 def state_entries(state: NMState, plan: Plan) -> dict[str, dict[str, jax.Array]]:
-    """The entries of a state by path.
+    """The entries of a state by path, those of a plan.
 
     Raises:
       ValueError: The state has an entry for a parameter that is not sparse here, an
@@ -276,10 +276,7 @@ def state_entries(state: NMState, plan: Plan) -> dict[str, dict[str, jax.Array]]
     """
     recipes = {entry.path: entry.recipe for entry in plan.sparse}
     known = recipes.keys() | {e.path for e in plan if e.reason == NOT_USED}
-    entries: dict[str, dict[str, jax.Array]] = {}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    for path, leaf in leaves:
-        entries.setdefault(join(path[:-1]), {})[join(path[-1:])] = leaf
+    entries = entries_of(state)
     strangers = sorted(set(entries) - known)
     if strangers:
         raise ValueError(
@@ -321,18 +318,18 @@ def state_logits(logits: Any, plan: Plan) -> dict[str, jax.Array]:
     return leaves
 
 
-def state_paths(state: NMState) -> set[str]:
-    """Paths of the parameters that a state has entries for."""
+def entries_of(state: NMState) -> dict[str, dict[str, jax.Array]]:
+    """The entries of any state by path, unchecked."""
+    entries: dict[str, dict[str, jax.Array]] = {}
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {join(path[:-1]) for path, _ in leaves}
+    for path, leaf in leaves:
+        entries.setdefault(join(path[:-1]), {})[join(path[-1:])] = leaf
+    return entries
 
 
 def state_leaves(state: NMState, name: str) -> dict[str, jax.Array]:
     """What every entry of a state holds under `name`, such as "mask", by path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    paths = ((join(path), leaf) for path, leaf in leaves)
-    suffix = f"/{name}"
-    return {p.removesuffix(suffix): leaf for p, leaf in paths if p.endswith(suffix)}
+    return {p: entry[name] for p, entry in entries_of(state).items() if name in entry}
 
 
 def _masked_weights(

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Schedule = Callable[[jax.Array], Any]
+LearningRate = Callable[[jax.Array], Any]
 
 
 class TwoPhaseAdamState(NamedTuple):
@@ -30,7 +30,7 @@ class TwoPhaseAdamState(NamedTuple):
 
 
 def two_phase_adam(
-    learning_rate: float | Schedule,
+    learning_rate: float | LearningRate,
     *,
     earliest: int,
     latest: int,

@@ -9,6 +9,7 @@ dense product of the same operands in the same run.
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -136,7 +137,10 @@ def load(device: str, folder: Path | None = None) -> Measured | None:
 
 
 def save(measured: Measured, folder: Path | None = None) -> Path:
-    """Writes the file of a device; `load` reads it back. Returns its path."""
+    """Writes the file of a device; `load` reads it back. Returns its path.
+
+    Whoever is stopped meanwhile leaves the old file.
+    """
     record = {
         "format": FORMAT,
         "device": measured.device,
@@ -145,7 +149,9 @@ def save(measured: Measured, folder: Path | None = None) -> Path:
     }
     path = path_of(measured.device, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(new, path)
     load.cache_clear()
     return path
 

@@ -1,14 +1,21 @@
 """The Python blocks of the README and of docs/, word for word, and where links lead."""
 
+import operator
 import re
 from pathlib import Path
 
 import pytest
 
+import nmjax
+
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("docs", "benchmarks")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for path in (
+        *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+        *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md"))),
+    )
 }
 
 
@@ -64,6 +71,14 @@ def test_a_method_says_when_to_use_it_what_it_costs_and_where_it_is_from(page):
     for what in ("When", "Cost", "Source"):
         assert len(re.findall(rf"^- \*\*{what}\.\*\* ", PAGES[page], re.M)) == 1, what
     assert blocks(page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_are_there(page):
+    """Whoever has imported nmjax may write what a page calls nmjax.x.y."""
+    names = set(re.findall(r"\bnmjax(?:\.[A-Za-z_]\w*)+", PAGES[page]))
+    for name in names - {"nmjax.recipes.NAME"}:
+        operator.attrgetter(name.removeprefix("nmjax."))(nmjax)
 
 
 @pytest.mark.parametrize("page", PAGES)

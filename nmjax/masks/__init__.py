@@ -3,6 +3,7 @@
 A mask has the shape of the weight; `True` means kept.
 """
 
+from nmjax.masks import permutation
 from nmjax.masks.magnitude import Ragged, magnitude_mask, nm_mask
 from nmjax.masks.tiles import TileAlgorithm, sparsify_like, tile_mask
 from nmjax.masks.transposable import CertifiedMask, kept_and_best, transposable_mask
@@ -14,6 +15,7 @@ __all__ = [
     "kept_and_best",
     "magnitude_mask",
     "nm_mask",
+    "permutation",
     "sparsify_like",
     "tile_mask",
     "transposable_mask",

@@ -29,7 +29,7 @@ import numpy as np
 from nmjax.pattern import NMPattern
 
 MAX_PATTERNS = 1000
-"""Largest C(m, n): 4:8 has 70, 3:12 has 220; 8:16 would take 805 logits a weight."""
+"""Largest C(m, n): 4:8 has 70, 3:12 has 220; 8:16 would take 804 logits a weight."""
 
 Shape = Literal["constant", "linear", "exponential"]
 

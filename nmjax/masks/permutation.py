@@ -165,8 +165,7 @@ def _local_searches(
             part = np.sort(rng.permutation(number)[:window])
             gain = _swap(a, groups, part, n)
             kept, idle = kept + gain, 0 if gain > 0 else idle + 1
-            if gain > 0:
-                yield kept, groups
+            yield kept, groups
         if kept > best:
             best, best_groups = kept, groups
 

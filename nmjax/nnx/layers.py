@@ -19,7 +19,7 @@ from nmjax.nnx.variables import NMFlipRate, NMKey, NMLogits, NMMask, NMNumber
 from nmjax.paths import named_leaves
 from nmjax.pattern import NMPattern
 from nmjax.planning import PlanError, check_sharding, make_plan
-from nmjax.plans import PlanEntry
+from nmjax.plans import Plan, PlanEntry
 from nmjax.recipe import Recipe
 from nmjax.recipes import as_recipe
 from nmjax.rules import Rule
@@ -32,8 +32,8 @@ from nmjax.sparse_kernel import (
     keys_of,
 )
 from nmjax.sparse_kernel import Einsum as EinsumOp
-from nmjax.sparsity import MASKS, NUMBERS, Sparsity
-from nmjax.state import NMState, init_logits, init_state, state_leaves
+from nmjax.sparsity import MASKS, NUMBERS, Entry, Sparsity
+from nmjax.state import entries_of, init_logits, init_state
 
 RecipeLike = Recipe | NMPattern | str | None
 
@@ -109,7 +109,7 @@ class _SparseLayer(nnx.Module):
             )
         make_sparse(self, entry)
         kernel = {"kernel": self.kernel.get_value()}
-        store_entry(weight, init_state(kernel, made), init_logits(kernel, made))
+        store_entry(weight, new_entries(kernel, made).get("kernel", {}))
 
     promote_dtype = _Hook(
         lambda layer, own: PromoteKernel(own, packed=True, wrap=layer.nm_kernel)
@@ -349,30 +349,31 @@ _KEPT = (*MASKS, *NUMBERS, "logits")
 _ENTRY = (*(f"nm_{name}" for name in _KEPT), "nm_flip_rate", "nm_key")
 
 
-def store_entry(weight: Weight, state: NMState, logits: Any = None) -> None:
-    """Puts a weight's entry of a state, and its logits, into the layers that read it.
+def new_entries(params: Any, plan: Plan) -> dict[str, dict[str, jax.Array]]:
+    """What recipes keep for each weight, and logits of learned masks, by path."""
+    entries = entries_of(init_state(params, plan))
+    for path, logits in named_leaves(init_logits(params, plan)).items():
+        entries.setdefault(path, {})["logits"] = logits
+    return entries
+
+
+def store_entry(weight: Weight, entry: Entry) -> None:
+    """Puts what is kept for a weight into the layers that read it.
 
     Args:
       weight: The weight.
-      state: A state of the model.
-      logits: From `nmjax.init_logits`, or None: they stay as they are.
+      entry: Its entry of a state, "logits" among it or not: then they stay.
     """
-    path, metadata = weight.candidate.path, weight.param.get_metadata()
+    metadata = weight.param.get_metadata()
     sharding = {key: metadata[key] for key in _SHARDING if key in metadata}
-    for name in MASKS:
-        mask = state_leaves(state, name).get(path)
-        if mask is not None:
-            _put(weight, f"nm_{name}", lambda x=mask: NMMask(x, **sharding), mask)
-    for name in NUMBERS:
-        number = state_leaves(state, name).get(path)
-        if number is not None:
-            _put(weight, f"nm_{name}", lambda x=number: NMNumber(x), number)
-    rate = state_leaves(state, "flip_rate").get(path)
-    if rate is not None:
-        _put(weight, "nm_flip_rate", lambda: NMFlipRate(rate), rate)
-    learned = named_leaves(logits or {}).get(path)
-    if learned is not None:
-        _put(weight, "nm_logits", lambda: NMLogits(learned), learned)
+    kinds: dict[str, Callable[..., nnx.Variable]] = {
+        **dict.fromkeys(MASKS, functools.partial(NMMask, **sharding)),
+        **dict.fromkeys(NUMBERS, NMNumber),
+        "flip_rate": NMFlipRate,
+        "logits": NMLogits,
+    }
+    for name, x in entry.items():
+        _put(weight, f"nm_{name}", functools.partial(kinds[name], x), x)
 
 
 def store_key(weight: Weight, key: jax.Array | None) -> None:

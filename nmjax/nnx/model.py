@@ -1,6 +1,5 @@
 """Whole nnx models: what rules make of them, their parameters and their masks."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ from nmjax.nnx.layers import (
     kept_entry,
     make_dense,
     make_sparse,
+    new_entries,
     store_entry,
     store_key,
 )
@@ -22,11 +22,10 @@ from nmjax.planning import check_entry_sharding, log_dense_layers, make_plan
 from nmjax.plans import Plan
 from nmjax.rules import Rule
 from nmjax.sparsity import MASKS, NUMBERS
-from nmjax.state import NMState, init_logits, init_state, state_leaves
+from nmjax.state import NMState, entries_of
 from nmjax.state import refresh as refresh_state
 
 Model = TypeVar("Model", bound=nnx.Module)
-logger = logging.getLogger("nmjax")
 
 
 def plan(model: nnx.Module, rules: Sequence[Rule]) -> Plan:
@@ -84,11 +83,8 @@ def sparsify(model: Model, rules: Sequence[Rule]) -> Model:
         elif any([make_sparse(layer, entry) for layer in layers]):
             changed.append(entry)
     keeping = tuple(e for e in changed if e.recipe.needs_state)
-    weights_of_model = params(model)
-    chosen = init_state(weights_of_model, Plan(keeping))
-    logits_of_model = init_logits(weights_of_model, Plan(keeping))
-    for entry in keeping:
-        store_entry(weights[entry.path], chosen, logits_of_model)
+    for path, kept in new_entries(params(model), Plan(keeping)).items():
+        store_entry(weights[path], kept)
     return model
 
 
@@ -194,7 +190,8 @@ def set_state(model: nnx.Module, state: NMState) -> None:
       ValueError: The state is of another model: its paths or shapes differ.
     """
     keeping = _keeping(model)
-    given = _names(state)
+    entries = entries_of(state)
+    given = {path: entry.keys() & _NAMES for path, entry in entries.items()}
     wanted = {path: _wanted(weight) for path, weight in keeping.items()}
     if given != wanted:
         raise ValueError(
@@ -202,25 +199,19 @@ def set_state(model: nnx.Module, state: NMState) -> None:
             f"keeps one are {_say(wanted)}; make it with "
             "nmjax.init_state(nmjax.nnx.params(model), plan)"
         )
-    for name in MASKS:
-        for path, mask in state_leaves(state, name).items():
-            if mask.shape != keeping[path].candidate.shape:
+    for path, entry in entries.items():
+        shape = keeping[path].candidate.shape
+        for name in entry.keys() & set(MASKS):
+            if entry[name].shape != shape:
                 raise ValueError(
-                    f"{path}: the state holds a mask of shape {mask.shape} for a "
-                    f"weight of shape {keeping[path].candidate.shape}; make it anew "
-                    "with nmjax.init_state"
+                    f"{path}: the state holds a {name} of shape {entry[name].shape} "
+                    f"for a weight of shape {shape}; make it anew with nmjax.init_state"
                 )
-    for weight in keeping.values():
-        store_entry(weight, state)
+    for path, entry in entries.items():
+        store_entry(keeping[path], entry)
 
 
-def _names(state: NMState) -> dict[str, set[str]]:
-    """What a state holds, by path."""
-    found: dict[str, set[str]] = {}
-    for name in (*MASKS, *NUMBERS):
-        for path in state_leaves(state, name):
-            found.setdefault(path, set()).add(name)
-    return found
+_NAMES = {*MASKS, *NUMBERS}
 
 
 def _wanted(weight: Weight) -> set[str]:

@@ -7,8 +7,8 @@ class NMMask(nnx.Variable):
     """The mask of a layer whose recipe keeps one: bool, the shape of its kernel.
 
     A transformation that names state by type must treat it as the kernel:
-    `nnx.StateAxes({nnx.Param: 0, nmjax.nnx.NMMask: 0, ...: None})`. Who gives two of
-    the layers below one kernel gives them one mask too: `b.nm_mask = a.nm_mask`.
+    `nnx.StateAxes({nnx.Param: 0, nmjax.nnx.NMMask: 0, ...: None})`. Where two layers
+    share one kernel, give them one mask too: `b.nm_mask = a.nm_mask`.
     (`nmjax.sparsify` does where it makes them sparse.)
     """
 

@@ -1,6 +1,8 @@
 """Training a linen model on images: loop, checkpoints, metrics.
 
-    from nmjax.training import TrainConfig, train, evaluate, restore, load_plan
+    from nmjax.training import (
+        TrainConfig, train, evaluate, restore, check_network, load_plan
+    )
 
     config = TrainConfig(epochs=15, batch_size=128, lr=0.1, weight_decay=1e-4)
     result = train(model, rules, data, config, "runs/digits")
@@ -54,6 +56,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from nmjax.training.checking import check_network as check_network
 from nmjax.training.checkpoint import CheckpointError as CheckpointError
 from nmjax.training.checkpoint import DamagedCheckpointError as DamagedCheckpointError
 from nmjax.training.config import TrainConfig as TrainConfig

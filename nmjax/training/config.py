@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
 Optimizer = Literal["sgd", "adamw", "step_adam"]
-Schedule = Literal["cosine", "step"]
+LrSchedule = Literal["cosine", "step"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class TrainConfig:
     optimizer: Optimizer = "sgd"
     momentum: float = 0.9
     nesterov: bool = False
-    schedule: Schedule = "cosine"
+    schedule: LrSchedule = "cosine"
     warmup_epochs: float = 0
     step_epochs: tuple[float, ...] = (30, 60, 80)
     step_factor: float = 0.1
@@ -86,7 +86,7 @@ class TrainConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "step_epochs", tuple(self.step_epochs))
-        for name, allowed in (("optimizer", Optimizer), ("schedule", Schedule)):
+        for name, allowed in (("optimizer", Optimizer), ("schedule", LrSchedule)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected one of "

@@ -256,7 +256,8 @@ class Loop:
             )
             self._write_row(step, test)
             better = rank(self._phase.name, self._test["top1"]) > self._best
-        stop = self._signals.stop(self._step)
+        # An evaluation without a result was given up by all hosts together.
+        stop = (ended and self._test is None) or self._signals.stop(self._step)
         if due or better or stop:
             self._save(latest=due or stop, best=better)
         if stop:

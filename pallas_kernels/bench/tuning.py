@@ -74,6 +74,8 @@ def tune(
     """
     try:
         entrants = Race(product, dtype, sets=sets)
+    except WrongResult as error:  # the dense product itself
+        return Tuned(None, (f"{error}",), ())
     except jax.errors.JaxRuntimeError as error:  # too large for this device
         return Tuned(None, (), (f"{error}"[:500],))
     wrong, failed = [], []

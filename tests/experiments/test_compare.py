@@ -97,6 +97,17 @@ class TestMethods:
         assert asp["pretrained"] == "x/dense-fold3-seed2"
         assert asp["decay"] is None
 
+    def test_a_decay_is_for_methods_with_the_papers(self):
+        options = CompareOptions(recipes="all", decay=0.1)
+        runs = {arm.name: options_of(arm, options, 0, 0) for arm in arms(options)}
+        decays = {name: run.sparsity.decay for name, run in runs.items()}
+        assert decays["sr_ste"] == decays["sr_ste_dense_start"] == 0.1
+        assert (decays["sr_ste_scaled"], decays["two_by_four"]) == (0.02, 6e-5)
+        with pytest.raises(
+            ValueError, match="--decay 0.1 is for sr_ste, sr_ste_dense_"
+        ):
+            arms(CompareOptions(recipes="two_by_four", decay=0.1))
+
     def test_labels(self):
         assert Arm("one_shot_as_is", "2:4").label == "one-shot 2:4, as it is"
         assert Arm("dense", "").label == "dense"

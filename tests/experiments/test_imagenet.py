@@ -294,6 +294,13 @@ def test_train_continue_and_evaluate(tmp_path, capsys):
     assert [int(row.split(",")[0]) for row in rows] == [5, 10]
 
     start = ["--pretrained", folder, "--output-dir", str(tmp_path / "pruned")]
-    short = ["--recipe", "one_shot", *short]
-    assert imagenet.main(["digits-resnet8-2to4", *short, *start]) == 0
+    one_shot = ["--recipe", "one_shot", *short]
+    assert imagenet.main(["digits-resnet8-2to4", *one_shot, *start]) == 0
     assert "N:M check: passed, 8 layers" in capsys.readouterr().out
+
+    folder = str(tmp_path / "learned")  # its masks are those of logits
+    learned = ["--recipe", "learned", *short, "--output-dir", folder]
+    assert imagenet.main(["digits-resnet8-2to4", *learned]) == 0
+    top1 = capsys.readouterr().out.split("Test set: ")[1].split(",")[0]
+    assert imagenet.main(["--test-only", "--resume", folder]) == 0
+    assert f"360 test images of digits: {top1}" in capsys.readouterr().out

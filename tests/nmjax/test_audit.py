@@ -77,6 +77,20 @@ def test_kept_masks_need_not_be_those_of_the_weights(params):
     nmjax.check(moved, plan, nmjax.prepare(moved, plan, state))
 
 
+def test_a_state_holds_the_masks_that_recipes_keep_and_no_other(params):
+    kept, chosen = recipes.transposable("2:4"), recipes.sr_ste("2:4")
+    plan = plan_params(params, [Rule("conv", kept), Rule(".*", chosen)])
+    state = nmjax.init_state(params, plan)
+    nmjax.check(params, plan, state)
+    assert "no:" not in nmjax.summary(params, plan, state)
+    state["conv"]["kernel"]["mask"] = ~state["conv"]["kernel"]["mask"].at[0].set(True)
+    assert problems(params, plan, state)[0].keys() == {"conv/kernel"}
+    # Of a set of all masks, those that the op used, none may lack.
+    masks = nmjax.prepare(params, plan, nmjax.init_state(params, plan))
+    del masks["head"]
+    assert problems(params, plan, masks)[0].keys() == {"head/kernel"}
+
+
 def test_bfloat16_weights(params):
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
     plan = plan_params(params, RULES)

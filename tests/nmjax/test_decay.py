@@ -93,6 +93,20 @@ def test_a_schedule_sees_the_number_of_updates(rng):
         np.testing.assert_array_equal(updates["w"], 2.0**count * dropped)
 
 
+@pytest.mark.parametrize(
+    "decay, message",
+    [
+        (-1.0, "finite and at least 0, got -1.0"),
+        (float("nan"), "finite and at least 0, got nan"),
+        (nmjax.Schedule(), "a function of the count of updates, got Schedule"),
+        ("2e-4", "a number, a scalar or a function"),
+    ],
+)
+def test_what_is_no_decay_is_refused(decay, message):
+    with pytest.raises(ValueError, match=message):
+        nmjax.add_decay(nmjax.Plan(()), decay)
+
+
 def test_without_decay_the_gradient_is_untouched():
     """Bit for bit, also where a dropped weight is infinite, and without `nm`."""
     params = {"w": jnp.asarray([[1.0], [2.0], [jnp.nan], [0.0]])}

@@ -130,6 +130,15 @@ def test_every_place_of_a_checkpoint(run, capsys, below):
     assert "ok, 2 of 4 weights are 2:4" in capsys.readouterr().out
 
 
+def test_a_run_whose_activations_are_sparse(tmp_path, capsys):
+    rule = nmjax.Rule("fc", nmjax.recipes.semi_sparse_activation())
+    settings = {"config": config(epochs=1), "progress": False}
+    train(Net(), [rule], FakeData(), run_dir=tmp_path, **settings)
+    assert main(["check", str(tmp_path)]) == 0
+    said = "ok, weights are dense, activations of 1 layers are 2:4 along the axis"
+    assert said in capsys.readouterr().out
+
+
 def test_the_best_checkpoint_of_a_run(comparison, capsys):
     assert main(["check", str(comparison / "dense-seed0" / "best")]) == 0
     assert "step 4: dense, no weight is sparse" in capsys.readouterr().out
@@ -170,7 +179,7 @@ def test_runs_may_be_named_by_numbers(run, tmp_path, capsys):
             "fc/kernel: [axis] is 2:4 along axis -1, but the GEMM contracts",
         ),
         (swap_the_axis_of_the_plan, "fc/kernel: [axis] is 2:4 along axis -2, but the"),
-        (drop_a_mask, "fc/kernel: [missing] the state has no mask for it"),
+        (drop_a_mask, "fc/kernel: [missing] the checkpoint has no mask for it"),
         (drop_all_masks, "fc/kernel: [missing] the checkpoint has no mask for it"),
         (drop_a_layer, "fc/kernel: [missing] is in the plan, not in the parameters"),
         (change_a_weight, "fc/kernel: [weights] 2 bits differ from the mask of the"),

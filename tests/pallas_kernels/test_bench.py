@@ -488,6 +488,14 @@ def test_tuning_writes_what_dispatch_reads(tunable, capsys):
     assert len(measurements.load(H200.name).entries) == 3
 
 
+def test_a_dense_product_that_is_wrong_ends_no_tuning_run(monkeypatch):
+    monkeypatch.setattr(contenders, "TOLERANCE", {"bfloat16": -1.0})
+    options = {"rounds": 1, "seconds": 1e-3, "said": print, "sets": 1}
+    tuned = tuning.tune(SMALL, [], kernel="sm90", dtype="bfloat16", **options)
+    assert tuned.measurement is None
+    assert "jnp.dot is off by" in tuned.wrong[0]
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_search_space_has_valid_configs_once(architecture):
     configs = search_space(architecture)

@@ -96,6 +96,15 @@ def test_a_time_limit_gives_the_best_so_far(rng):
     assert_keeps_what_it_says(w, found, "2:4")
 
 
+def test_a_time_limit_is_kept_where_no_swap_gains(monkeypatch):
+    monkeypatch.setattr(permutation, "_WORK_PER_ROUND", 16 * 16 * 16)
+    seen = []
+    found = search_permutation(
+        np.ones((64, 16)), "2:4", max_seconds=0, on_progress=seen.append
+    )
+    assert len(seen) == 1 and not found.finished
+
+
 def test_a_weight_too_large_for_one_round(rng, monkeypatch):
     w = rng.normal(size=(64, 16))
     whole = search_permutation(w, "2:4", escapes=0)
