@@ -19,7 +19,8 @@ from pallas_kernels.devices import DATA_SHEETS, Device
 
 # What a quick run keeps: sizes on either side of where sparse products begin to win.
 _QUICK_TOKENS = (2048, 16384)
-_QUICK_CONFIGS = 12
+# On Hopper those that may come to 1.25 times the dense product's speed or more.
+_QUICK_CONFIGS = 21
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,7 +138,7 @@ def _passes(options) -> list[tuple[Any, str]]:
         (race_of(one, shape, dtype), f"{one.name}, {shape[0]}x{shape[1]} {dtype}")
         for one in passes.passes()
         if not (options.quick and one.is_reference)
-        for shape in (passes.MATRICES[:1] if options.quick else passes.MATRICES)
+        for shape in (passes.MATRICES[-1:] if options.quick else passes.MATRICES)
         for dtype in ("bfloat16", "float32")
     ]
 

@@ -5,6 +5,7 @@ import datetime
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -111,6 +112,7 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
     smi = shutil.which("nvidia-smi")
     if device.platform in ("gpu", "cuda") and smi:

@@ -36,7 +36,11 @@ class Contender:
 
 
 def race(
-    contenders: Sequence[Contender], *, rounds: int, seconds: float
+    contenders: Sequence[Contender],
+    *,
+    rounds: int,
+    seconds: float,
+    warm_up: float = 0.2,
 ) -> dict[str, np.ndarray]:
     """Times the contenders in turns.
 
@@ -44,10 +48,15 @@ def race(
       contenders: Each was run before, so that it is compiled.
       rounds: How often each is timed, after one round that does not count.
       seconds: How long a contender's turn takes, about.
+      warm_up: Seconds of work before the clock starts: an idle GPU runs slowly.
 
     Returns:
       Seconds of one product, by name and round.
     """
+    start = time.perf_counter()
+    while time.perf_counter() - start < warm_up:
+        for contender in contenders:
+            _time(contender, 1)
     calls = {c.name: _calls(c, seconds) for c in contenders}
     times: dict[str, list[float]] = {c.name: [] for c in contenders}
     for step in range(rounds + 1):

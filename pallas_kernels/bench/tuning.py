@@ -36,14 +36,19 @@ class Tuned:
 
 
 def configs_for(device: Device, most: int = 0) -> list[Config]:
-    """The search space of a device's kernel; `most` of it, evenly, where not 0."""
+    """The search space of a device's kernel; `most` of it, where not 0.
+
+    On Hopper those whose reads of shared memory allow the most, elsewhere evenly.
+    """
     if device.kernel is None:
         raise ValueError(f"{device.name} has no kernel to tune")
     limit = shared_memory_limit(device.capability)
     found = search_space(device.kernel, limit)  # pyright: ignore[reportArgumentType]
-    if most and len(found) > most:
-        found = [found[i * len(found) // most] for i in range(most)]
-    return found
+    if not most or len(found) <= most:
+        return found
+    if device.kernel == "sm90":
+        return sorted(found, key=lambda config: -config.speed_bound)[:most]
+    return [found[i * len(found) // most] for i in range(most)]
 
 
 def tune(
@@ -90,8 +95,8 @@ def tune(
         except Exception as error:
             failed.append(f"{config}: {type(error).__name__}: {error}"[:500])
             continue
-        times = race([contender], rounds=_ROUNDS, seconds=_SECONDS)[contender.name]
-        median = quartiles(times)[1]
+        times = race([contender], rounds=_ROUNDS, seconds=_SECONDS, warm_up=0)
+        median = quartiles(times[contender.name])[1]
         if best is None or median < best[0]:
             best = median, config, contender
         said(f"{i + 1} of {len(configs)} Configs, fastest {1e6 * best[0]:.1f} µs")

@@ -7,6 +7,7 @@ compressions. Says what ran and what did not; ends with 1 if nothing did.
 """
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -15,16 +16,22 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.compression import compress_magnitude, compress_transposable
+from pallas_kernels.config import SM90Config
 from tests.pallas_kernels import gemm_suite
 
 # One tile of any kernel, with two steps along k, and a part of one.
 SIZES = ((128, 128, 256), (72, 40, 100))
 
+# On Hopper also clusters, each with several tiles, and A from both places: what the
+# heuristic takes for large products alone.
+CLUSTERS = SM90Config(128, 64, 64, 2, cluster_m=2)
+SEVERAL_TILES = (200, 9000, 132)
+
 
 def main() -> int:
     """Runs them all; returns the exit status."""
     ran = 0
-    for name in ("sm80", "sm90", "sm100"):
+    for name in ("sm90", "sm80", "sm100"):
         ran += _products(name)
     ran += _compressions()
     if not ran:
@@ -37,16 +44,26 @@ def _products(name: str) -> int:
     rng, ran = np.random.default_rng(0), 0
     for form_name, form in gemm_suite.FORMS.items():
         form = dataclasses.replace(form, out_dtype=jnp.dtype(form.out_dtype))
-        for sizes in SIZES:
+        for sizes, config in _cases(name):
             a, b, _ = gemm_suite.operands(rng, *sizes, form, "bfloat16", integers=True)
             reason = kernel.unavailable(a, b, form)
             if reason:
                 print(f"{name}, {form_name}, {sizes}: not run: {reason}")
                 continue
-            gemm_suite.check(kernel.gemm, rng, *sizes, form, with_bias=True)
-            print(f"{name}, {form_name}, {sizes}: ran")
+            gemm = functools.partial(kernel.gemm, config=config)
+            gemm_suite.check(gemm, rng, *sizes, form, with_bias=True)
+            print(f"{name}, {form_name}, {sizes}, {config or 'by default'}: ran")
             ran += 1
     return ran
+
+
+def _cases(name: str) -> list[tuple[tuple[int, int, int], SM90Config | None]]:
+    """Sizes and Configs; None leaves it to the kernel."""
+    cases = [(sizes, None) for sizes in SIZES]
+    if name == "sm90":
+        from_registers = dataclasses.replace(CLUSTERS, a_from="registers")
+        cases += [(SEVERAL_TILES, c) for c in (CLUSTERS, from_registers)]
+    return cases
 
 
 def _compressions() -> int:

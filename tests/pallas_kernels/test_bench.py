@@ -84,11 +84,14 @@ def test_a_race_is_interleaved_and_counts_single_products(monkeypatch):
         return Contender(name, run, count, wait=lambda _: None)
 
     times = race(
-        [contender("slow", 0.02, 2), contender("fast", 0.002, 1)], rounds=3, seconds=0
+        [contender("slow", 0.02, 2), contender("fast", 0.002, 1)],
+        rounds=3,
+        seconds=0,
+        warm_up=0.04,
     )
-    # One run each to count calls, then rounds in alternating direction; the first
-    # does not count.
-    assert order == ["slow", "fast"] + ["fast", "slow", "slow", "fast"] * 2
+    # Two runs each to warm up, one to count calls, then rounds in alternating
+    # direction; the first does not count.
+    assert order == ["slow", "fast"] * 3 + ["fast", "slow", "slow", "fast"] * 2
     assert len(times["slow"]) == len(times["fast"]) == 3
     np.testing.assert_allclose(times["slow"], 0.01)  # of two products
     np.testing.assert_allclose(times["fast"], 0.002)
@@ -516,6 +519,8 @@ def test_configs_of_a_tuning_run():
     assert every == search_space("sm90")
     few = tuning.configs_for(H200, most=12)
     assert len(few) == len(set(few)) == 12 and set(few) <= set(every)
+    left = set(every) - set(few)
+    assert min(c.speed_bound for c in few) >= max(c.speed_bound for c in left)
     with pytest.raises(ValueError, match="NVIDIA T4 has no kernel to tune"):
         tuning.configs_for(Device("NVIDIA T4", (7, 5)))
 
