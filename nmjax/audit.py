@@ -71,8 +71,9 @@ def check(params: Any, plan: Plan, state: NMState | None = None) -> None:
         belongs to no masked parameter. Every offending path is listed, with its first
         groups and their values. Of recipes that mask activations only shapes are
         judged: their weights are dense.
+      ValueError: An array lies on several hosts.
     """
-    weights = {path: np.asarray(w) for path, w in _arrays(params).items()}
+    weights = {path: _fetched(path, w) for path, w in _arrays(params).items()}
     masks, orders = _masks(state), state_leaves(state or {}, "output_order")
     problems = [
         Problem(path, "stranger", "has a mask, but the plan does not mask it")
@@ -91,12 +92,21 @@ def _arrays(params: Any) -> dict[str, Any]:
     return {p: w for p, w in named_leaves(params).items() if hasattr(w, "shape")}
 
 
+def _fetched(path: str, x: Any) -> np.ndarray:
+    if not getattr(x, "is_fully_addressable", True):
+        raise ValueError(
+            f"{path} lies on several hosts; gather it on all of them first: "
+            "jax.experimental.multihost_utils.process_allgather(params, tiled=True)"
+        )
+    return np.asarray(x)
+
+
 def _masks(state: NMState | None) -> dict[str, dict[str, np.ndarray]]:
     """The masks of a state, by path and name."""
     masks: dict[str, dict[str, np.ndarray]] = {}
     for name in MASKS:
         for path, mask in state_leaves(state or {}, name).items():
-            masks.setdefault(path, {})[name] = np.asarray(mask)
+            masks.setdefault(path, {})[name] = _fetched(path, mask)
     return masks
 
 
@@ -295,7 +305,7 @@ def summary(params: Any, plan: Plan, state: NMState | None = None) -> str:
             recipe = f"{sparsity.recipe.name} {sparsity.pattern}"
             density, verdict = _density(entry), "not judged"
             if w is None or hasattr(w, "__array__"):
-                w = None if w is None else np.asarray(w)
+                w = None if w is None else _fetched(entry.path, w)
                 problems = _judge(entry, w, masks, orders, whole)
                 verdict = f"no: {problems[0].kind}" if problems else "yes"
             if not entry.masks_weight and verdict == "yes":

@@ -119,10 +119,10 @@ def _mvue(
 
     kept, sampled = [], []
     p = [
-        jnp.where(sure, one, left * a_i / rest)
+        jnp.where(sure, one, left * a_i / jnp.where(rest == zero, one, rest))
         for sure, a_i in zip(certain, a, strict=True)
     ]
-    p = [jnp.where(p_i > zero, p_i, zero) for p_i in p]  # where 0 / 0 and NaN end
+    p = [jnp.where(p_i > zero, p_i, zero) for p_i in p]  # where NaN ends
     for i, keep in enumerate(_systematic(p, u, n)):
         enlarged = jnp.where(certain[i], a[i], shared)
         # A zero that fills the mask stays zero.

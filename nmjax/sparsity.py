@@ -28,6 +28,8 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nmjax import estimators, masks
 from nmjax.masks import Ragged, magnitude_mask
@@ -141,8 +143,18 @@ class Sparsity:
         return entry
 
     def init_logits(self, w: jax.Array) -> jax.Array:
-        """Logits of a learned mask, all patterns equally probable."""
-        return init_logits(w.shape, self.pattern, axis=self.axis)
+        """Logits of a learned mask, all patterns equally probable, cut as `w` is."""
+        logits = init_logits(w.shape, self.pattern, axis=self.axis)
+        traced = isinstance(w, Tracer)
+        sharding = jax.typeof(w).sharding if traced else w.sharding
+        if not isinstance(sharding, NamedSharding) or not any(sharding.spec):
+            return logits
+        spec = [*sharding.spec, *[None] * (w.ndim - len(sharding.spec))]
+        spec.insert(logits.ndim + self.axis, None)  # the patterns of a group
+        spec = PartitionSpec(*spec)
+        if traced:  # along Explicit axes; of the others its type knows nothing
+            return jax.reshard(logits, spec)
+        return jax.device_put(logits, NamedSharding(sharding.mesh, spec))
 
     def temperature(self, step: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """τ at a step, for a weight of this shape."""

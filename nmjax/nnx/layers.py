@@ -328,10 +328,23 @@ def kept_entry(layer: Any, path: str) -> dict[str, jax.Array]:
       path: For the message.
 
     Raises:
-      ValueError: The recipe keeps something that is not there.
+      ValueError: The recipe keeps something that is not there, or the layer has what is
+        kept by another.
     """
     recipe = layer.nm_sparsity.recipe
     entry = {}
+    kept = {*recipe.state_names, *(["logits"] if recipe.mask == "learned" else [])}
+    strange = [
+        name
+        for name in _KEPT
+        if name not in kept and getattr(layer, f"nm_{name}") is not None
+    ]
+    if strange:
+        raise ValueError(
+            f"{path}: the layer holds {strange} of another recipe, perhaps since "
+            f"nnx.update, and {recipe.name!r} keeps {sorted(kept) or 'nothing'}: take "
+            "the parameters alone, nnx.state(model, nnx.Param)"
+        )
     for name in _KEPT:
         variable = getattr(layer, f"nm_{name}")
         if variable is not None:

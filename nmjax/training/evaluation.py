@@ -14,7 +14,13 @@ import nmjax
 from nmjax.plans import Plan
 from nmjax.rules import Rule, Rules, layer_path
 from nmjax.state import NMState
-from nmjax.training.steps import data_mesh, jit_eval_step, put_batch, replicate
+from nmjax.training.steps import (
+    check_labels,
+    data_mesh,
+    jit_eval_step,
+    put_batch,
+    replicate,
+)
 
 
 def evaluate(
@@ -77,7 +83,7 @@ def run_evaluation(
       Means by name and "count".
 
     Raises:
-      ValueError: The test set is empty.
+      ValueError: The test set is empty, or has labels that are no classes.
     """
     hosts = {"num_hosts": jax.process_count(), "host": jax.process_index()}
     totals: dict[str, float] = {}
@@ -89,6 +95,7 @@ def run_evaluation(
     pending: Mapping[str, jax.Array] = {}
     for batch in data.test_batches(batch_size // jax.process_count(), **hosts):
         before_batch()
+        check_labels(batch, data)
         # The sums of one batch are fetched while the device works on the next.
         done, pending = pending, step(put_batch(batch, mesh))
         add(done)

@@ -37,6 +37,7 @@ from nmjax.training.state import (
     phase_of_step,
 )
 from nmjax.training.steps import (
+    check_labels,
     jit_eval_step,
     jit_mask_metrics,
     jit_train_step,
@@ -122,6 +123,13 @@ class Loop:
         self._batches = data.train_batches(
             config.batch_size // jax.process_count(), seed=config.seed, **hosts
         )
+        if not (
+            hasattr(self._batches, "get_state") and hasattr(self._batches, "set_state")
+        ):
+            raise ValueError(
+                f"train_batches of {data.name} must return an iterator with get_state "
+                f"and set_state, got {type(self._batches).__name__}"
+            )
         if position.data:
             self._batches.set_state(position.data[jax.process_index()])
 
@@ -203,7 +211,14 @@ class Loop:
             self._phase = phase
             self._mask_sizes = _sizes(self._state.masks)
             self._clock.pause()
-        batch = put_batch(next(self._batches), self._mesh)
+        batch = next(self._batches, None)
+        if batch is None:
+            raise ValueError(
+                f"train_batches of {self._data.name} ended after step {self._step}: it "
+                "has to go on without end"
+            )
+        check_labels(batch, self._data)
+        batch = put_batch(batch, self._mesh)
         self._state, metrics = jit_train_step(phase)(self._state, batch, self._key)
         # The metrics of the step before are fetched while the device works on this
         # one: it never waits for the host.

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 import nmjax
-from nmjax.paths import named_leaves
+from nmjax.paths import map_named, named_leaves
 from nmjax.rules import Rules
 from nmjax.training import run_folder
 from nmjax.training.checkpoint import list_steps
@@ -125,6 +125,11 @@ def _prepare(
     options,
     held,
 ) -> Loop:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"train takes a linen model, got {type(model).__name__}; for an nnx model, "
+            "docs/README.md has loops of one's own"
+        )
     mesh = data_mesh(devices)
     steps_per_epoch = _steps_per_epoch(config, data, mesh)
     phases = make_phases(
@@ -219,7 +224,8 @@ def _like(own: Any, given: Any, name: str) -> Any:
                 f"{wanted.get(path, 'absent')}"
             )
     # NumPy arrays: the steps donate the state, and the caller's arrays are not theirs.
-    return jax.tree.map(lambda x, y: np.asarray(y, x.dtype), own, given)
+    arrays = named_leaves(given)
+    return map_named(lambda path, x: np.asarray(arrays[path], x.dtype), own)
 
 
 def _bytes(tree: Any) -> int:

@@ -53,6 +53,16 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def check_labels(batch: Mapping[str, np.ndarray], data: Any) -> None:
+    """Raises ValueError where a label is none of the classes of `data`."""
+    labels = np.asarray(batch["label"])
+    if labels.size and not 0 <= labels.min() <= labels.max() < data.num_classes:
+        raise ValueError(
+            f"{data.name} has labels from {labels.min()} to {labels.max()}; its "
+            f"{data.num_classes} classes are 0 to {data.num_classes - 1}"
+        )
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this host's part of a batch on its devices."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))

@@ -457,3 +457,31 @@ def test_sharded_weights_have_sharded_masks(rng):
         assert state["w"]["mask"].sharding.spec == spec
         np.testing.assert_array_equal(state["w"]["mask"], mask_of(w))
         np.testing.assert_array_equal(baked["w"], oracle.masked(w, mask_of(w)))
+
+
+@pytest.mark.parametrize("spec", [P("model", None), P(None, "model")], ids=str)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_weights_have_sharded_logits(rng, axis_type, spec):
+    """Which would be larger than the weights, on every device."""
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(axis_type,))
+    w = weight(rng, 16, 8)
+    plan = plan_params({"w": w}, [Rule("w", recipes.learned("2:4"))])
+    state, key = nmjax.init_state({"w": w}, plan), jax.random.key(0)
+
+    def loss(logits, w):
+        options = {"logits": logits, "key": key}
+        return (nmjax.sparsify_params({"w": w}, plan, state, **options)["w"] ** 2).sum()
+
+    alone = nmjax.init_logits({"w": w}, plan)
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(w, NamedSharding(mesh, spec))
+        logits = nmjax.init_logits({"w": cut}, plan)
+        assert logits["w"].sharding.spec == P(spec[0], None, spec[1])
+        baked = nmjax.bake({"w": cut}, plan, state, logits=logits)
+        gradient = jax.jit(jax.grad(loss))(logits, cut)
+        if axis_type == AxisType.Explicit:
+            init = jax.jit(lambda w: nmjax.init_logits({"w": w}, plan))
+            assert init(cut)["w"].sharding.spec == P(spec[0], None, spec[1])
+    expected = nmjax.bake({"w": w}, plan, state, logits=alone)
+    np.testing.assert_array_equal(baked["w"], expected["w"])
+    np.testing.assert_allclose(gradient["w"], jax.grad(loss)(alone, w)["w"], 1e-5, 1e-6)

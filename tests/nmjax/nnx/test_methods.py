@@ -106,3 +106,22 @@ def test_attention_and_einsum_share_the_three_gemms():
             np.testing.assert_allclose(*bias, rtol=1e-4, atol=1e-5)
         assert not np.allclose(*kernel)
     assert nmjax.nnx.state(sparse) == {}
+
+
+@pytest.mark.parametrize("keeps", ["transposable", "s_ste", "learned"])
+@pytest.mark.parametrize("pure", [True, False])
+def test_what_another_recipe_kept_is_not_used(keeps, pure):
+    """Of a model with another recipe all is taken over, its mask too."""
+    layer = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+    old = nmjax.sparsify(
+        layer, [nmjax.Rule(".*", getattr(nmjax.recipes, keeps)("2:4"))]
+    )
+    new, x = nmjax.sparsify(layer, "2:4"), jnp.ones((4, 16))
+    state = nnx.state(old)
+    nnx.update(new, nnx.to_pure_dict(state) if pure else state)
+    with pytest.raises(ValueError, match="of another recipe, perhaps since nnx.update"):
+        new(x)
+    fresh = nmjax.sparsify(layer, "2:4")
+    nnx.update(fresh, nnx.state(old, nnx.Param))
+    if keeps != "learned":  # its logits are parameters too
+        np.testing.assert_array_equal(fresh(x), nmjax.sparsify(layer, "2:4")(x))

@@ -488,6 +488,11 @@ class NoTest(FakeData):
     num_test = 0
 
 
+class NoState(FakeData):
+    def train_batches(self, batch_size, *, seed, num_hosts=1, host=0):
+        return iter([])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -504,6 +509,7 @@ class NoTest(FakeData):
             "batch_size 68 is larger than the training set of fake, 64 images",
         ),
         ({"data": NoTest()}, "the test set of fake is empty"),
+        ({"model": object()}, "train takes a linen model, got object"),
         (
             {"model": Net(num_classes=7)},
             r"shape \(1, 7\); fake has 10 classes, so it should be \(1, 10\)",
@@ -524,6 +530,31 @@ def test_wrong_arguments_are_refused_before_the_folder_is_touched(
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_data_without_a_position_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="iterator with get_state and set_state, got"):
+        run(tmp_path, data=NoState())
+
+
+@pytest.mark.parametrize("kind", ["labels", "test_labels"])
+def test_labels_that_are_no_classes_are_refused(tmp_path, kind):
+    """One-hot they are zeros, and training goes on with the rest."""
+    data = FakeData()
+    getattr(data, kind)[7] = 10
+    with pytest.raises(
+        ValueError, match="fake has labels from .* to 10; its 10 classes"
+    ):
+        run(tmp_path, data=data)
+
+
+def test_training_batches_that_end_are_an_error(tmp_path):
+    def end(step):
+        if step == 2:
+            raise StopIteration
+
+    with pytest.raises(ValueError, match="train_batches of fake ended after step 2"):
+        run(tmp_path, data=FakeData(at_step=end))
 
 
 def test_a_run_folder_below_a_file_is_refused(tmp_path):
