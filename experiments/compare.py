@@ -52,8 +52,11 @@ def compare(options: CompareOptions, say: Callable[[str], None] = _say) -> None:
     units = _units(options)
     for arm in compared:  # refuses wrong values before anything is loaded
         run = options_of(arm, options, *units[0])
-        single.train_config(run)
-        single.sparsity_rules(run)
+        try:
+            single.train_config(run)
+            single.sparsity_rules(run)
+        except ValueError as error:
+            raise ValueError(f"{arm.label}: {error}") from None
     records = Records(folder, options)
     first = options_of(compared[0], options, *units[0])
     if options.validate and first.data.train_size is None:
@@ -86,8 +89,8 @@ def compare(options: CompareOptions, say: Callable[[str], None] = _say) -> None:
         plot_runs(runs, folder / "plots")
     say(f"Results: {folder}/table.md, table.json, plots/*.png and one folder per run.")
     say(
-        f"Next: python -m nmjax check {folder}, or python -m experiments.imagenet "
-        "--help to train a network of your own choice."
+        f"Next: python -m nmjax check {shlex.quote(str(folder))}, or "
+        "python -m experiments.imagenet --help to train a network of your own choice."
     )
 
 

@@ -197,7 +197,11 @@ def _open_folder(data_path: str | os.PathLike | None) -> tuple[Folder, Folder]:
         if not folder.is_dir():
             raise DataError(f"{folder} is not a directory; image_folder needs {layout}")
     classes, test_classes = (
-        {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+        {
+            entry.name
+            for entry in os.scandir(folder)
+            if entry.is_dir() and not entry.name.startswith(".")
+        }
         for folder in (train, test)
     )
     if not classes:

@@ -8,6 +8,7 @@ network.
 import contextlib
 import difflib
 import io
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -128,7 +129,8 @@ def _resumed(options: Options, preset: str | None, rest: list[str]) -> Options:
             f"continue it with {preset} --output-dir {path}"
         )
     # To evaluate, a path may also be RUN/best or RUN/checkpoints/STEP.
-    folders = [path, *path.parents[:2]] if options.run.test_only else [path]
+    above = path.absolute().parents[:2] if options.run.test_only else ()
+    folders = [path, *above]
     for folder in folders:
         saved = read_options(folder)
         if saved is not None:
@@ -176,14 +178,14 @@ def _run_single(options: Options) -> None:
     single.describe(options, data, print)
     print(f"run folder: {folder}\n", flush=True)
     outcome = single.train_network(options, data, folder)
-    layers = outcome.sparse_layers
+    layers, run = outcome.sparse_layers, shlex.quote(str(folder))
     found = f"passed, {layers} layers" if layers else "weights are dense"
     print(
         f"\nTest set: {_scores(outcome.top1, outcome.top5)}\n"
         f"N:M check: {found}\n"
         f"Results: {folder}/metrics.csv, plots/*.png, checkpoints/, best/\n"
-        f"Next: python -m nmjax check {folder}, python -m nmjax summary {folder}, or "
-        f"{PROG} --test-only --resume {folder}"
+        f"Next: python -m nmjax check {run}, python -m nmjax summary {run}, or "
+        f"{PROG} --test-only --resume {run}"
     )
 
 

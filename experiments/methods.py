@@ -232,6 +232,10 @@ def arms(options: CompareOptions) -> list[Arm]:
     """
     names = list(METHODS) if options.recipes == "all" else options.recipes.split(",")
     patterns = options.patterns.split(",")
+    if not all(patterns):
+        raise ValueError(
+            f"--patterns {options.patterns!r}: expected patterns such as 2:4,1:8"
+        )
     found: dict[Arm, None] = {Arm(DENSE, ""): None}
 
     def add(arm: Arm) -> None:

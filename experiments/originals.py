@@ -324,6 +324,10 @@ def _members(archive: BinaryIO, where: str) -> Iterator[tuple[str, bytes]]:
                 file = tar.extractfile(member)
                 if file is not None:  # a directory has no contents
                     yield member.name, file.read()
+            # tarfile takes a header that it cannot read for the end.
+            archive.seek(tar.offset)
+            if archive.read(512) != bytes(512):
+                raise tarfile.TarError(f"no header and no end at byte {tar.offset:,}")
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{where} is damaged ({error}); fetch it again") from error
 
@@ -347,5 +351,5 @@ def rgb_jpeg(payload: bytes, where: str) -> bytes:
             fixed = io.BytesIO()
             image.convert("RGB").save(fixed, "JPEG", quality=100, subsampling=0)
             return fixed.getvalue()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} is not a readable image ({error})") from error

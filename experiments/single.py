@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import math
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,20 @@ def train_config(options: Options) -> training.TrainConfig:
     values = options.flat()
     fields = {field: values[name] for field, name in _CONFIG.items()}
     try:
-        return training.TrainConfig(**fields)
+        config = training.TrainConfig(**fields)
     except ValueError as error:
         # The trainer speaks of its fields; a user of the command knows its options.
         message = str(error)
         for field, name in _CONFIG.items():
             message = re.sub(rf"(?<![-\w]){field}(?= is | \d)", flag(name), message)
         raise ValueError(message) from None
+    steps = config.step_epochs
+    if config.schedule == "step" and not any(x < config.epochs for x in steps):
+        raise ValueError(
+            f"--lr-scheduler step: none of --lr-steps {steps} is below --epochs "
+            f"{config.epochs}, so the rate would never fall"
+        )
+    return config
 
 
 def sparsity_rules(options: Options) -> list[nmjax.Rule]:
@@ -173,7 +181,7 @@ def select(options: Options, data: datasets.Data) -> datasets.Data:
         data = resampling.fold(data, given.fold, given.folds)
     if given.train_size is not None:
         data = resampling.subset(data, given.train_size, validate=given.validate)
-    if options.optim.batch_size > data.num_train:
+    if options.optim.batch_size > data.num_train and not options.run.test_only:
         raise ValueError(
             f"--batch-size {options.optim.batch_size} is more than the "
             f"{data.num_train} training images of {given.dataset}"
@@ -202,7 +210,9 @@ def run_folder(options: Options) -> Path:
     Raises:
       ValueError: It cannot be made, or holds a run that these options do not continue.
     """
-    folder = Path(options.run.output_dir or "")
+    if not options.run.output_dir:
+        raise ValueError("--output-dir is empty: name a folder, or leave it out")
+    folder = Path(options.run.output_dir)
     exists = next(path for path in (folder, *folder.parents) if path.exists())
     if not exists.is_dir():
         raise ValueError(f"--output-dir {folder}: {exists} is a file, not a folder")
@@ -215,7 +225,7 @@ def run_folder(options: Options) -> Path:
                 f"{folder} holds a run with other options: "
                 + ", ".join(f"{flag(k)} {then[k]}, not {now[k]}" for k in changed)
                 + ". Choose another --output-dir, or continue that run with "
-                f"--resume {folder} alone"
+                f"--resume {shlex.quote(str(folder))} alone"
             )
     return folder
 
@@ -302,7 +312,8 @@ def train_network(
     """
     config, rules = train_config(options), sparsity_rules(options)
     start = {}
-    if options.model.pretrained is not None:
+    begun = list_steps(folder / "checkpoints")
+    if options.model.pretrained is not None and not begun:
         loaded = training.restore(options.model.pretrained)
         start = {
             "init_params": loaded["params"],

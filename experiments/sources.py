@@ -198,6 +198,7 @@ class Folder:
                 entry.name
                 for entry in os.scandir(folder / name)
                 if entry.name.lower().endswith(IMAGE_SUFFIXES)
+                and not entry.name.startswith(".")
             )
             if not names:
                 raise DataError(
@@ -243,6 +244,11 @@ def decode_image(source: Source, record: int, payload: bytes, mode: str) -> Imag
             pixels = np.frombuffer(payload, np.uint8).reshape(source.raw_shape)
             return Image.fromarray(pixels.squeeze(-1)).convert(mode)
         with Image.open(io.BytesIO(payload)) as image:
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} have no known range")
+            if image.mode.startswith("I;16"):  # Pillow would cut values above 255
+                pixels = (np.asarray(image) >> 8).astype(np.uint8)
+                return Image.fromarray(pixels).convert(mode)
             return image.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(

@@ -3,12 +3,14 @@
 The files are made in a directory beside the final one, counted, and renamed into place
 at the end, so that whatever stops the work - a full disk, a damaged archive, Ctrl-C -
 leaves either the old set or none. A kill leaves `.VERSION.partial`, which the next try
-removes. TFDS's documented `folder_dataset.write_metadata` makes the set one of its own:
+empties; one that is being written is locked. TFDS's documented
+`folder_dataset.write_metadata` makes the set one of its own:
 `tfds.builder_from_directory` reads it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -17,6 +19,11 @@ from pathlib import Path
 
 from experiments.originals import Examples, Original
 from experiments.sources import DataError, Records
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 SHARD_BYTES = 256 * 2**20
 """A file is closed once it holds this many bytes of records."""
@@ -41,27 +48,50 @@ def write_set(
       DIR/NAME/VERSION, and the number of images in every split.
 
     Raises:
-      DataError: The place is below a regular file, taken, not writable or too small
-        (before any work), or the disk fills up or an example is damaged while writing.
+      DataError: The place is below a regular file, taken, not writable or too small,
+        or another process writes the set (before any work); or the disk fills up or an
+        example is damaged while writing.
     """
     final = check_place(original, data_path, overwrite)
     partial = final.with_name(f".{final.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_files(original, partial, progress)
-        counts = {
-            split: len(Records(partial, original.name, split, "report this defect"))
-            for split in original.splits
-        }
-        _replace(partial, final)
+        partial.mkdir(parents=True, exist_ok=True)
+        with _locked(partial):
+            try:
+                for left in partial.iterdir():  # of a process that was killed
+                    left.unlink()
+                _write_files(original, partial, progress)
+                counts = {
+                    split: len(
+                        Records(partial, original.name, split, "report this defect")
+                    )
+                    for split in original.splits
+                }
+                _replace(partial, final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(
             f"cannot write to {final}: {error.strerror or error}"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return final, counts
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder; ends with this one, however it ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process writes in {folder.parent}") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_place(original: Original, data_path: Path, overwrite: bool) -> Path:

@@ -6,6 +6,7 @@ masks that the network used: neither the code of the model nor its data are need
 
 import argparse
 import collections
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +164,10 @@ def _is_sparse_later(folder: Path) -> bool:
     return False
 
 
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
 def _say_verdict(run: Path, verdicts: dict[Path, str]) -> None:
     count = collections.Counter(verdicts.values())
     sparse = count[SPARSE] + count[FAILED]
@@ -171,17 +176,19 @@ def _say_verdict(run: Path, verdicts: dict[Path, str]) -> None:
         first = next(folder for folder, kind in verdicts.items() if kind == FAILED)
         print(
             f"FAILED: {count[FAILED]} of {sparse} sparse networks fail the check. "
-            f"Next: python -m nmjax summary {first}; train again, or check an earlier "
-            "checkpoint with --step"
+            f"Next: python -m nmjax summary {_quoted(first)}; train again, or check an "
+            "earlier checkpoint with --step"
         )
     elif sparse:
         dense = f"; {count[DENSE]} dense" if count[DENSE] else ""
         print(
             f"N:M holds in {sparse} of {sparse} sparse networks{dense}. Next: "
-            f"python -m nmjax summary {run}"
+            f"python -m nmjax summary {_quoted(run)}"
         )
     elif count[DENSE]:
-        print(f"No network here is sparse. Next: python -m nmjax summary {run}")
+        print(
+            f"No network here is sparse. Next: python -m nmjax summary {_quoted(run)}"
+        )
     if count[UNREADABLE]:
         print(f"{count[UNREADABLE]} of {len(verdicts)} could not be read")
 

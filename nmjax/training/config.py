@@ -94,8 +94,9 @@ class TrainConfig:
                 )
         for name in ("epochs", "batch_size", "micro_batches", "keep", "log_every"):
             self._require_int(name, least=1)
-        for name in ("seed", "dense_epochs", "freeze_epochs"):
+        for name in ("dense_epochs", "freeze_epochs"):
             self._require_int(name, least=0)
+        self._require_int("seed", least=0, most=2**31 - 1)
         if self.checkpoint_every is not None:
             self._require_int("checkpoint_every", least=1)
         if not isinstance(self.nesterov, bool):
@@ -138,10 +139,12 @@ class TrainConfig:
                 "a phase in which the network is sparse"
             )
 
-    def _require_int(self, name: str, *, least: int) -> None:
+    def _require_int(self, name: str, *, least: int, most: int | None = None) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}, expected an integer >= {least}")
+        if most is not None and value > most:
+            raise ValueError(f"{name} is {value!r}, expected an integer <= {most}")
 
     def _require_number(
         self,

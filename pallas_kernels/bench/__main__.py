@@ -33,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(roofline.table(chosen, options.device), end="")
         return 0
     here = devices.this_device()
+    if options.output_dir is not None:
+        try:
+            options.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"--output-dir: {error}; name another folder", file=sys.stderr)
+            return 2
     if here is None and options.implementation != "reference":
         _explain_without_gpu(chosen)
         asked = options.tune or options.implementation

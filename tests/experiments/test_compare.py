@@ -80,6 +80,12 @@ class TestMethods:
         with pytest.raises(ValueError, match="--recipes ste is for 2:4 alone"):
             arms(CompareOptions(recipes="ste", patterns="1:8"))
 
+    @pytest.mark.parametrize("patterns", ["", "2:4,"])
+    def test_an_empty_pattern(self, patterns):
+        """It would train 2:4, under a label without a pattern."""
+        with pytest.raises(ValueError, match="expected patterns such as 2:4,1:8"):
+            arms(CompareOptions(patterns=patterns))
+
     def test_unknown_method(self):
         with pytest.raises(ValueError, match="no method 'srste'; there are dense, "):
             arms(CompareOptions(recipes="dense,srste"))

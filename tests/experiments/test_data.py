@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from experiments.data import Data, DataError, load
-from experiments.sources import BUNDLED
+from experiments.sources import BUNDLED, Folder, decode_image
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -359,6 +360,8 @@ def make_folder(root, classes=("ant", "bee"), count=5, test="val"):
 def test_a_folder_of_images(tmp_path, test):
     make_folder(tmp_path, test=test)
     (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "ant" / "._0.PNG").write_text("of macOS")
+    (tmp_path / "train" / ".thumbnails").mkdir()
     data = load("image_folder", tmp_path, image_size=16)
     assert (data.num_train, data.num_test, data.num_classes) == (10, 6, 2)
     assert data.image_shape == (16, 16, 3)
@@ -427,6 +430,19 @@ def test_an_unreadable_image_is_named(tmp_path, contents):
     data = load("image_folder", tmp_path, image_size=16)
     with pytest.raises(DataError, match="val/bee/1.PNG is not a readable image"):
         list(data.test_batches(4))
+
+
+def test_an_image_of_16_bits_keeps_its_greys(tmp_path):
+    """Pillow alone makes white of all that is above 255."""
+    ramp = np.linspace(0, 65535, 1600).astype(np.uint16).reshape(40, 40)
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "PNG")
+    source = Folder(make_folder(tmp_path) / "train", ["ant", "bee"])
+    image = decode_image(source, 0, file.getvalue(), "RGB")
+    np.testing.assert_array_equal(np.asarray(image)[..., 1], ramp // 256)
+    Image.fromarray(ramp.astype(np.float32)).save(file := io.BytesIO(), "TIFF")
+    with pytest.raises(DataError, match="0.PNG is not .* mode F have no known range"):
+        decode_image(source, 0, file.getvalue(), "RGB")
 
 
 def test_an_image_that_vanished_is_named(tmp_path):

@@ -263,6 +263,14 @@ class TestBeforeTraining:
         assert "stem/kernel: axis -2 has size 1, not a multiple of 5" in message
         assert not (tmp_path / "run").exists()
 
+    def test_an_empty_output_dir(self, error):
+        message = error("digits-resnet8-2to4", "--output-dir", "")
+        assert "--output-dir is empty" in message
+
+    def test_steps_of_the_rate_beyond_the_end(self, error):
+        message = error("digits-resnet8-2to4", "--lr-scheduler", "step")
+        assert "--lr-steps (30, 60, 80) is below --epochs 15" in message
+
     def test_damaged_options(self, error, tmp_path):
         (tmp_path / "options.json").write_text("{")
         assert "options.json is damaged" in error("--resume", str(tmp_path))
@@ -297,6 +305,13 @@ def test_train_continue_and_evaluate(tmp_path, capsys):
     one_shot = ["--recipe", "one_shot", *short]
     assert imagenet.main(["digits-resnet8-2to4", *one_shot, *start]) == 0
     assert "N:M check: passed, 8 layers" in capsys.readouterr().out
+    Path(folder).rename(tmp_path / "moved")  # what it began with is needed no more
+    pruned = str(tmp_path / "pruned")
+    assert imagenet.main(["--resume", pruned, "--epochs", "2"]) == 0
+    larger_than_training = ["--batch-size", "1500"]
+    evaluate = ["--test-only", "--resume", pruned, *larger_than_training]
+    assert imagenet.main(evaluate) == 0
+    assert "360 test images" in capsys.readouterr().out
 
     folder = str(tmp_path / "learned")  # its masks are those of logits
     learned = ["--recipe", "learned", *short, "--output-dir", folder]

@@ -360,6 +360,20 @@ def tar(files):
     return buffer.getvalue()
 
 
+def second_header(archive):
+    with tarfile.open(fileobj=io.BytesIO(archive)) as members:
+        return members.getmembers()[1].offset
+
+
+def with_a_flipped_header(archive):
+    place = second_header(archive) + 3
+    return archive[:place] + bytes([archive[place] ^ 1]) + archive[place + 1 :]
+
+
+def cut_before_a_header(archive):
+    return archive[: second_header(archive)]
+
+
 TRAIN = {
     "n01440764": {  # label 0
         "n01440764_1.JPEG": jpeg(colour=(200, 0, 0)),
@@ -444,6 +458,9 @@ def test_imagenet_names_all_missing_archives(tmp_path):
         ("train", tar({"n01440764.tar": b"no tar" * 200}), "n01440764.tar is damaged"),
         ("val", tar(VALIDATION)[:1500], "val.tar is damaged"),
         ("val", b"no tar" * 200, "val.tar is damaged"),
+        # tarfile takes both for the end: what follows would be missing.
+        ("val", with_a_flipped_header(tar(VALIDATION)), "val.tar is damaged .* no end"),
+        ("val", cut_before_a_header(tar(VALIDATION)), "val.tar is damaged .* no end"),
         ("val", tar({"cat.JPEG": jpeg()}), "cat.JPEG is not a validation image's name"),
         ("val", tar({"ILSVRC2012_val_00050001.JPEG": jpeg()}), "is not a validation"),
         ("val", tar({}), "there are no images for the split 'validation'"),
@@ -454,6 +471,20 @@ def test_damaged_archives_are_named(tars, tmp_path, file, data, message):
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         run("imagenet2012", "--source", tars, "--data-path", tmp_path / "out")
     assert not contents(tmp_path / "out")
+
+
+def test_two_processes_do_not_write_one_set(fashion, tmp_path):
+    arguments = ("fashion_mnist", "--source", fashion, "--data-path", tmp_path)
+    partial = tmp_path / "fashion_mnist" / ".1.0.0.partial"
+    partial.mkdir(parents=True)
+    (partial / "left").write_text("by a process that was killed")
+    with write._locked(partial):
+        with pytest.raises(SystemExit, match="another process writes in"):
+            run(*arguments)
+        assert (partial / "left").exists()
+    run(*arguments)
+    assert not partial.exists()
+    assert "left" not in str(contents(tmp_path))
 
 
 # --- the command line

@@ -398,6 +398,13 @@ def test_a_wrong_result_is_an_exit_status(tmp_path, monkeypatch, capsys):
     assert "2 of 2 are WRONG or FAILED" in err
 
 
+def test_a_folder_below_a_file_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    place = ["--output-dir", str(tmp_path / "file/bench")]
+    assert main([*SHAPES, "--implementation", "reference", *place]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
 def test_without_a_gpu_it_explains_itself(capsys):
     if jax.default_backend() == "gpu":
         pytest.skip("there is one")

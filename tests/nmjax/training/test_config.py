@@ -39,6 +39,7 @@ def test_a_config_survives_json():
         ({"clip_norm": 0}, "clip_norm is 0, expected a number > 0"),
         ({"loss_scale": 0}, "loss_scale is 0, expected a number > 0"),
         ({"seed": -1}, "seed is -1, expected an integer >= 0"),
+        ({"seed": 2**31}, "seed is 2147483648, expected an integer <= 2147483647"),
         ({"keep": 0}, "keep is 0, expected an integer >= 1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
         ({"log_every": 0}, "log_every is 0"),
