@@ -11,9 +11,9 @@ first feeds the tensor core with two of its warps, the second writes D:
     write      the tile from tensor memory, in slices of columns: bias and activation in
                float32, then shared memory, then TMA
 
-Where tensor memory has room for two tiles of D, one is written while the next is
-multiplied. What is ready is told by barriers: `loaded` and `consumed` of each stage,
-`multiplied` and `written` of each tile in tensor memory.
+The copies run ahead into the next tile. Where tensor memory has room for two tiles of D,
+one is written while the next is multiplied. What is ready is told by barriers: `loaded`
+and `consumed` of each stage, `multiplied` and `written` of each tile in tensor memory.
 
 The instruction reads metadata in words of the same 2 × 16 entries as `mma.sp` does, in
 another order: `metadata_squares`.
@@ -155,12 +155,15 @@ def _gemm(
     whole = functools.partial(ptx.whole_tiles, smem=scratch["out_smem"])
     tiles = (padded.shape[0] // block_m, -(-n // block_n))
     steps = padded.shape[1] // block_k
+    blocks = min(blocks, tiles[0] * tiles[1])
     run = ptx.kernel(
-        functools.partial(_body, config=config, form=form, tiles=tiles, steps=steps),
+        functools.partial(
+            _body, config=config, form=form, blocks=blocks, tiles=tiles, steps=steps
+        ),
         name="nm_matmul_sm100",
         interpret=interpret,
         out_type=jax.eval_shape(whole, out),
-        grid=(min(blocks, tiles[0] * tiles[1]),),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=2,
         thread_name="warpgroup",
@@ -242,6 +245,7 @@ def _body(
     written,
     config,
     form,
+    blocks,
     tiles,
     steps,
 ):
@@ -249,11 +253,19 @@ def _body(
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     stages, tiles_in_flight = config.stages, acc_tmem.shape[1] // block_n
     columns = values_smem.shape[-1]
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    count_of_tiles = lax.div(tiles[0] * tiles[1] - 1 - block, blocks) + 1
+
+    def for_tiles(visit):
+        """Calls visit(i, j, count) for tile (i, j), the count-th of this block."""
+
+        @pl.loop(0, count_of_tiles)
+        def _(count):
+            index = block + count * blocks
+            i, j = plgpu.planar_snake(index, tiles, 0, _GRID_WIDTH)
+            visit(i, j, count)
 
     def copy(i, j, count):
-        """The steps of tile (i, j), the count-th of this block."""
-
         @pl.loop(0, steps)
         def _(step):
             stage = lax.rem(count * steps + step, stages)
@@ -277,7 +289,8 @@ def _body(
             ):
                 plgpu.copy_gmem_to_smem(source, target.at[stage], loaded.at[stage])
 
-    def multiply(count):
+    def multiply(i, j, count):
+        del i, j
         slot = lax.rem(count, tiles_in_flight)
         acc = acc_tmem.at[:, pl.ds(slot * block_n, block_n)]
 
@@ -339,22 +352,6 @@ def _body(
         plgpu.wait_load_tmem()
         plgpu.barrier_arrive(written.at[slot])
 
-    @plgpu.nd_loop(
-        (tiles[0] * tiles[1],), collective_axes="block", init_carry=jnp.int32(0)
-    )
-    def count(info, carry):
-        i, j = plgpu.planar_snake(info.index[0], tiles, 0, _GRID_WIDTH)
-
-        @pl.when(warpgroup == _FEEDING)
-        def _():
-            @plgpu.warp_map
-            def _(warp):
-                pl.when(warp == _COPYING)(lambda: copy(i, j, carry))
-                pl.when(warp == _MULTIPLYING)(lambda: multiply(carry))
-
-        pl.when(warpgroup == _WRITING)(lambda: write(i, j, carry))
-        return carry + 1
-
     def drain(barriers, total, depth):
         """Waits for the last arrivals, one of each barrier that was used."""
 
@@ -362,13 +359,22 @@ def _body(
         def _(index):
             plgpu.barrier_wait(barriers.at[lax.rem(index, depth)])
 
+    # The loop over tiles is each warp's own: the copies run ahead into the next tile.
     @pl.when(warpgroup == _FEEDING)
     def _():
         @plgpu.warp_map
         def _(warp):
-            pl.when(warp == _COPYING)(lambda: drain(consumed, count * steps, stages))
-            pl.when(warp == _MULTIPLYING)(
-                lambda: drain(written, count, tiles_in_flight)
-            )
+            @pl.when(warp == _COPYING)
+            def _():
+                for_tiles(copy)
+                drain(consumed, count_of_tiles * steps, stages)
 
-    pl.when(warpgroup == _WRITING)(lambda: plgpu.wait_smem_to_gmem(0))
+            @pl.when(warp == _MULTIPLYING)
+            def _():
+                for_tiles(multiply)
+                drain(written, count_of_tiles, tiles_in_flight)
+
+    @pl.when(warpgroup == _WRITING)
+    def _():
+        for_tiles(write)
+        plgpu.wait_smem_to_gmem(0)

@@ -27,6 +27,9 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }
 
+# There are no registers of 8 bits: the low byte of a wider one.
+BYTES = {"s8": np.int8, "u8": np.uint8}
+
 
 def _plain(function: Callable) -> Callable:
     """An instruction whose operands and result have one type."""
@@ -120,7 +123,13 @@ def _cvt(machine, warp, modifiers, kind, operands):
         high, low = (machine.value(warp, x, kind) for x in operands)
         pair = np.stack([low, high], -1).astype(DTYPES[modifiers[-1][:-2]])
         return pair.view(np.uint32)[:, 0]
-    source = machine.value(warp, operands[0], kind)
+    if kind in BYTES:
+        source = warp.registers[operands[0]].astype(BYTES[kind])
+    else:
+        source = machine.value(warp, operands[0], kind)
+    if modifiers[-1] in BYTES:  # extended to its register
+        byte = modifiers[-1]
+        return source.astype(BYTES[byte]).astype(DTYPES[byte.replace("8", "16")])
     return source.astype(DTYPES[modifiers[-1]])
 
 

@@ -103,38 +103,43 @@ class Machine:
         )
 
     def _run_warp(self, warp: Warp) -> int:
-        """Runs a warp until it has to wait; whether that moved it."""
+        """Runs a warp until it has to wait; whether that moved it.
+
+        Of threads that have parted those run that are behind, until they have to wait.
+        """
         moved = 0
         while not warp.done:
-            at = int(warp.at.min())
-            here = active = warp.at == at
-            instruction = self.program[at]
-            if instruction.guard:
-                active = here & (
-                    warp.registers[instruction.guard] ^ instruction.negated
-                )
-            name = instruction.name
-            try:
-                if name in ELEMENTWISE:
-                    run = self._elementwise
-                else:
-                    run = getattr(self, "_" + name)
-                if name in ("bra", "ret"):
-                    outcome = run(warp, instruction, active, here)
-                    moved += 1
-                    continue
-                else:
-                    outcome = run(warp, instruction, active)
-            except (AssertionError, AttributeError, KeyError, IndexError) as error:
-                error.add_note(
-                    f"at {instruction}, block {warp.block.index}, warp {warp.number}"
-                )
-                raise
-            if outcome == BLOCKED:
-                return moved
-            warp.at[here] += 1
+            if not self._step(warp, int(warp.at.min())):
+                ahead = np.unique(warp.at)[1:]
+                if not any(self._step(warp, int(at)) for at in ahead):
+                    return moved
             moved += 1
         return moved
+
+    def _step(self, warp: Warp, at: int) -> bool:
+        """Runs the instruction for the threads that are there, or they have to wait."""
+        here = active = warp.at == at
+        instruction = self.program[at]
+        if instruction.guard:
+            active = here & (warp.registers[instruction.guard] ^ instruction.negated)
+        name = instruction.name
+        try:
+            if name in ("bra", "ret"):
+                getattr(self, "_" + name)(warp, instruction, active, here)
+                return True
+            if name in ELEMENTWISE:
+                run = self._elementwise
+            else:
+                run = getattr(self, "_" + name)
+            if run(warp, instruction, active) == BLOCKED:
+                return False
+        except (AssertionError, AttributeError, KeyError, IndexError) as error:
+            error.add_note(
+                f"at {instruction}, block {warp.block.index}, warp {warp.number}"
+            )
+            raise
+        warp.at[here] += 1
+        return True
 
     # Registers and addresses
 
