@@ -7,7 +7,7 @@ help and most refusals come at once.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 Dataset = Literal["digits", "fashion_mnist", "imagenet2012", "image_folder"]
 Recipe = Literal[
@@ -390,8 +390,3 @@ def read_options(folder: Path) -> Options | None:
 def flag(name: str) -> str:
     """The spelling of an option on the command line."""
     return "--" + name.replace("_", "-")
-
-
-DATASETS: tuple[str, ...] = get_args(Dataset)
-MODELS: tuple[str, ...] = get_args(Model)
-RECIPES: tuple[str, ...] = get_args(Recipe)

@@ -44,11 +44,6 @@ class DataSheet(Device):
     multiprocessors: int
     source: str
 
-    @property
-    def machine_balance(self) -> float:
-        """Dense FLOP a byte at which arithmetic and memory take the same time."""
-        return 1e3 * self.tflops / self.gb_per_s
-
 
 # Data sheets that give a figure "with sparsity" are halved.
 DATA_SHEETS = {

@@ -11,9 +11,9 @@ first feeds the tensor core with two of its warps, the second writes D:
     write      the tile from tensor memory, in slices of columns: bias and activation in
                float32, then shared memory, then TMA
 
-The copies run ahead into the next tile. Where tensor memory has room for two tiles of D,
-one is written while the next is multiplied. What is ready is told by barriers: `loaded`
-and `consumed` of each stage, `multiplied` and `written` of each tile in tensor memory.
+The copies run ahead into the next tile. Where tensor memory has room for two tiles, one
+is written while the next is multiplied. What is ready is told by barriers: `loaded` and
+`consumed` of each stage, `multiplied` and `written` of each tile in tensor memory.
 
 The instruction reads metadata in words of the same 2 × 16 entries as `mma.sp` does, in
 another order: `metadata_squares`.

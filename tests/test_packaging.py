@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nmjax", "pallas_kernels")
+EXTRAS = ("train", "test", "dev")
 
 
 def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
@@ -48,7 +49,8 @@ def test_constraints_pin_every_dependency():
             )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["train"], *extras["dev"]]:
+    optional = [text for extra in EXTRAS for text in extras[extra]]
+    for text in [*project["dependencies"], *optional]:
         wanted = Requirement(text)
         if wanted.name == "nmjax":
             continue

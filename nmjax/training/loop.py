@@ -35,6 +35,7 @@ from nmjax.training.state import (
     jit_enter_phase,
     make_schedule,
     phase_of_step,
+    replicated,
 )
 from nmjax.training.steps import (
     check_labels,
@@ -42,7 +43,6 @@ from nmjax.training.steps import (
     jit_mask_metrics,
     jit_train_step,
     put_batch,
-    replicated,
 )
 
 

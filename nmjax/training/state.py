@@ -248,6 +248,11 @@ def frozen_weights(plan: Plan) -> frozenset[str]:
     )
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of the state: a copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 @functools.lru_cache(maxsize=64)
 def _jitted_init(model: nn.Module, image_shape: tuple[int, ...], mesh: Mesh):
     """Compiled once for runs that differ in the seed alone."""
@@ -255,7 +260,7 @@ def _jitted_init(model: nn.Module, image_shape: tuple[int, ...], mesh: Mesh):
     def init(key):
         return model.init(key, jnp.zeros((1, *image_shape)), train=False)
 
-    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(init, out_shardings=replicated(mesh))
 
 
 def init_variables(
@@ -321,7 +326,7 @@ def jit_new_train_state(phase: Phase) -> Callable[..., TrainState]:
     """`variables -> state`, replicated over the devices."""
     return jax.jit(
         functools.partial(new_train_state, phase),
-        out_shardings=NamedSharding(phase.mesh, PartitionSpec()),
+        out_shardings=replicated(phase.mesh),
     )
 
 
@@ -331,5 +336,5 @@ def jit_enter_phase(before: Phase, phase: Phase) -> Callable[..., TrainState]:
     return jax.jit(
         functools.partial(enter_phase, before, phase),
         donate_argnums=0,
-        out_shardings=NamedSharding(phase.mesh, PartitionSpec()),
+        out_shardings=replicated(phase.mesh),
     )

@@ -27,6 +27,7 @@ from nmjax.training.state import (
     frozen_weights,
     make_logits_optimizer,
     make_optimizer,
+    replicated,
 )
 
 Batch = Mapping[str, jax.Array]
@@ -38,11 +39,6 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(
         (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
     )
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of the state: a copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -21,17 +21,13 @@ from jax.stages import Compiled, Lowered
 from pallas_kernels import dispatch, reference
 from pallas_kernels.bench.products import Product
 from pallas_kernels.bench.report import Row
-from pallas_kernels.bench.timing import Contender, quartiles, race
+from pallas_kernels.bench.timing import Contender, quartiles, race, sets_for
 from pallas_kernels.config import Config
 from pallas_kernels.format import NMCompressed, compress
 
 # The largest error among the outputs of a product of unit-variance operands, divided by
 # sqrt(k): the rounding of results of that size, four units in the last place.
 TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3}
-
-# Larger than any L2 several times over, and few enough sets to compile fast.
-_ROTATED_BYTES = 512 * 2**20
-_MOST_SETS = 16
 
 # Seconds within which the host may not have started the next kernel.
 _LAUNCH = 20e-6
@@ -60,9 +56,7 @@ class Race:
     def __init__(self, product: Product, dtype: str, seed: int = 0, sets: int = 0):
         self.product = product
         self.form = product.form(jnp.dtype(dtype))
-        if not sets:
-            sets = -(-_ROTATED_BYTES // product.dense_bytes())
-            sets = max(2, min(_MOST_SETS, sets))
+        sets = sets or sets_for(product.dense_bytes())
         # Bits from the hardware's own generator: gigabytes of them, fast to compile.
         keys = jax.random.split(jax.random.key(seed, impl="rbg"), sets)
         made = [_operands(key, product, dtype) for key in keys]

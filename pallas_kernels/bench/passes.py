@@ -12,16 +12,13 @@ from jax.stages import Compiled
 
 from pallas_kernels.bench.contenders import compile_alone
 from pallas_kernels.bench.report import CompressionRow
-from pallas_kernels.bench.timing import Contender, quartiles, race
+from pallas_kernels.bench.timing import Contender, quartiles, race, sets_for
 from pallas_kernels.compression import compress_magnitude, compress_transposable
 from pallas_kernels.format import decompress
 from pallas_kernels.implementations import Implementation
 
 # Flax kernels (k, n): ViT-L's fc1, a square, Llama-3-8B's gate and up.
 MATRICES = ((1024, 4096), (4096, 4096), (4096, 14336))
-
-_ROTATED_BYTES = 512 * 2**20
-_MOST_SETS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +119,7 @@ def measure(
     """
     size = shape[0] * shape[1]
     itemsize = jnp.dtype(dtype).itemsize
-    sets = sets or max(2, min(_MOST_SETS, -(-_ROTATED_BYTES // (size * itemsize))))
+    sets = sets or sets_for(size * itemsize)
     keys = jax.random.split(jax.random.key(0), sets)
     matrices = [jax.random.normal(key, shape, dtype) for key in keys]
     row = CompressionRow(one.name, shape, dtype)

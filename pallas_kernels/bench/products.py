@@ -51,14 +51,14 @@ class Product:
         """Of the dense product."""
         return 2 * self.m * self.n * self.k
 
-    def dense_bytes(self, itemsize: int = 2) -> int:
-        """What the dense product reads and writes at least."""
-        return itemsize * (self.m * self.k + self.k * self.n + self.m * self.n)
+    def dense_bytes(self) -> int:
+        """What the dense product reads and writes at least, in 16 bits."""
+        return 2 * (self.m * self.k + self.k * self.n + self.m * self.n)
 
-    def sparse_bytes(self, itemsize: int = 2) -> int:
+    def sparse_bytes(self) -> int:
         """The same with half the values of A, and two bits for each of them."""
         half = self.m * self.k // 2
-        return itemsize * (half + self.k * self.n + self.m * self.n) + half // 4
+        return 2 * (half + self.k * self.n + self.m * self.n) + half // 4
 
     def form(self, dtype) -> Form:
         """The layouts of B and D, for operands and result of this dtype."""

@@ -17,6 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 
+# Larger than any L2 several times over, and few enough sets to compile fast.
+_ROTATED_BYTES = 512 * 2**20
+_MOST_SETS = 16
+
+
+def sets_for(size: int) -> int:
+    """How many sets of operands of `size` bytes no L2 can hold; two at least."""
+    return max(2, min(_MOST_SETS, -(-_ROTATED_BYTES // size)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Contender:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -19,7 +20,7 @@ from experiments.methods import (
     options_of,
 )
 from experiments.plots import plot_run, read_metrics
-from experiments.presets import RECIPES
+from experiments.presets import Recipe
 from experiments.records import Record, Records
 from nmjax import recipes
 from nmjax.training.steps import jit_train_step
@@ -53,7 +54,8 @@ class TestMethods:
             for name, function in vars(recipes).items()
             if callable(function) and function.__module__ == recipes.__name__
         }
-        assert set(RECIPES) == {n for n in made if n[0].islower()} - {"as_recipe"}
+        named = {name for name in made if name[0].islower()} - {"as_recipe"}
+        assert set(get_args(Recipe)) == named
 
     def test_starts_and_pairs_are_methods(self):
         named = {m.start for m in METHODS.values() if m.start}

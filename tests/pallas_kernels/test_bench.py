@@ -19,6 +19,7 @@ from pallas_kernels.bench import (
     products,
     report,
     roofline,
+    timing,
     tuning,
 )
 from pallas_kernels.bench.__main__ import main
@@ -122,7 +123,7 @@ def test_sets_outgrow_any_l2():
     sets = Race(SMALL, "bfloat16").dense.products
     assert sets == 16  # as many as are compiled, for so small a product
     large = Product("", FPROP, 4096, 4096, 4096, 0)
-    assert -(-contenders._ROTATED_BYTES // large.dense_bytes()) == 6
+    assert timing.sets_for(large.dense_bytes()) == 6
 
 
 class FakeTensor:
