@@ -7,7 +7,6 @@ each contracts. A plan is the outcome; see `plans.py`.
 import dataclasses
 import functools
 import logging
-import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from nmjax.masks import Ragged
+from nmjax.masks.magnitude import shard_size
 from nmjax.paths import named_leaves
 from nmjax.plans import Plan, PlanEntry, group_axes_of
 from nmjax.recipe import Recipe
@@ -274,7 +274,4 @@ def _shard_size(array: jax.Array, axis: int) -> int:
     """How much of `axis` one device holds, as far as the array tells."""
     if not isinstance(array, Tracer):
         return array.sharding.shard_shape(array.shape)[axis]
-    sharding = jax.typeof(array).sharding
-    names = dict(enumerate(sharding.spec)).get(axis % array.ndim) or ()
-    names = (names,) if isinstance(names, str) else names
-    return array.shape[axis] // math.prod(sharding.mesh.shape[name] for name in names)
+    return shard_size(array, axis)

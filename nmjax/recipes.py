@@ -325,6 +325,8 @@ def step(
 ) -> Recipe:
     """The sparse half of STEP (arXiv:2302.01172): dense, then straight-through.
 
+        y = x · (E ⊙ W)        dW = xᵀ · dy + λ (1 − E) ⊙ W
+
     STEP trains dense until Adam's second moment is reliable, then keeps that moment
     as a fixed preconditioner and trains with masks. The optimizer is
     `nmjax.two_phase_adam`, which finds the moment of the change by itself or takes it
@@ -385,6 +387,8 @@ def learned(
 def one_shot(pattern: Pattern, *, schedule: Schedule = _ALWAYS) -> Recipe:
     """Prunes once by magnitude; dropped weights stay zero in the forward pass.
 
+        y = x · (E ⊙ W)        dW = E ⊙ (xᵀ · dy)
+
     The mask is chosen from the parameters given to `nmjax.init_state` and kept;
     the gradient reaches kept weights only, as in NVIDIA's ASP.
 
@@ -405,6 +409,8 @@ def one_shot(pattern: Pattern, *, schedule: Schedule = _ALWAYS) -> Recipe:
 
 def frozen(pattern: Pattern, *, decay: float = 0.0, decay_in: DecayIn = "op") -> Recipe:
     """A mask that `nmjax.init_state` chooses once, with SR-STE's gradient.
+
+        y = x · (E ⊙ W)        dW = xᵀ · dy + λ (1 − E) ⊙ W
 
     The last phase of a training run: the mask no longer moves, dropped weights go on
     receiving the straight-through gradient, plus λ(1 − E)W where `decay` is set.

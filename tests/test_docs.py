@@ -68,6 +68,7 @@ def test_every_recipe_has_a_page():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "methods" in page])
 def test_a_method_says_when_to_use_it_what_it_costs_and_where_it_is_from(page):
+    assert re.search(r"^    .* = ", PAGES[page], re.M), "its equation"
     for what in ("When", "Cost", "Source"):
         assert len(re.findall(rf"^- \*\*{what}\.\*\* ", PAGES[page], re.M)) == 1, what
     assert blocks(page)

@@ -107,6 +107,17 @@ def _real(x: ArrayLike) -> jax.Array:
     )
 
 
+def shard_size(x: jax.Array, axis: int) -> int:
+    """How much of `axis` one device holds, as far as the type of `x` tells.
+
+    Explicit mesh axes only: of the others it does not know.
+    """
+    sharding = jax.typeof(x).sharding
+    names = dict(enumerate(sharding.spec)).get(axis % x.ndim) or ()
+    names = (names,) if isinstance(names, str) else names
+    return x.shape[axis] // math.prod(sharding.mesh.shape[name] for name in names)
+
+
 def _check_axis(
     scores: jax.Array, pattern: NMPattern, axis: int, ragged: str | None
 ) -> int:
@@ -126,11 +137,7 @@ def _check_axis(
             f"m = {pattern.m} (pattern {pattern}): choose another axis or pattern, "
             'leave this array dense, or say ragged="dense-tail" or ragged="pad"'
         )
-    # Explicit mesh axes only: of the others the type of an array does not know.
-    sharding = jax.typeof(scores).sharding
-    names = sharding.spec[axis] or ()
-    names = (names,) if isinstance(names, str) else names
-    shard = size // math.prod(sharding.mesh.shape[name] for name in names)
+    shard = shard_size(scores, axis)
     if shard < size and shard % pattern.m:
         raise ValueError(
             f"axis {axis} of shape {shape} is sharded into parts of {shard}, not a "

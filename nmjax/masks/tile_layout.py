@@ -4,11 +4,10 @@
 place of all tiles, and neither leading nor sharded axes are merged.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
+from nmjax.masks.magnitude import shard_size
 from nmjax.pattern import NMPattern
 
 
@@ -18,7 +17,6 @@ def check_tiles(x: jax.Array, pattern: NMPattern) -> jax.Array:
         raise ValueError(
             f"scores of shape {x.shape}: tiles of {pattern.m}x{pattern.m} need two axes"
         )
-    spec, mesh = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.mesh
     for axis in (-2, -1):
         size = x.shape[axis]
         if size % pattern.m:
@@ -27,10 +25,7 @@ def check_tiles(x: jax.Array, pattern: NMPattern) -> jax.Array:
                 f"m = {pattern.m} (pattern {pattern}), and tiles take both of the last "
                 "two axes: choose another pattern, or leave this array dense"
             )
-        # Explicit mesh axes only: of the others the type of an array does not know.
-        names = spec[axis] or ()
-        names = (names,) if isinstance(names, str) else names
-        shard = size // math.prod(mesh.shape[name] for name in names)
+        shard = shard_size(x, axis)
         if shard % pattern.m:
             raise ValueError(
                 f"axis {axis} of shape {x.shape} is sharded into parts of {shard}, not "

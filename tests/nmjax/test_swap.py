@@ -646,25 +646,6 @@ def test_equal_models_as_static_arguments_share_a_trace():
     assert len(traces) == 1
 
 
-def test_prepared_masks_give_the_same_bits_for_values_and_gradients():
-    variables, x = mlp_case()
-    plan = nmjax.plan(Mlp(), RULES, x)
-    sparse = nmjax.sparsify(Mlp(), RULES)
-    params = variables["params"]
-
-    @jax.jit
-    def run(params, nm):
-        return jax.value_and_grad(
-            lambda p: loss_of(sparse.apply({"params": p, "nm": nm}, x))
-        )(params)
-
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        run(params, {}),
-        run(params, nmjax.prepare(params, plan)),
-    )
-
-
 # The class
 
 
