@@ -70,20 +70,13 @@ def train_config(options: Options) -> training.TrainConfig:
     values = options.flat()
     fields = {field: values[name] for field, name in _CONFIG.items()}
     try:
-        config = training.TrainConfig(**fields)
+        return training.TrainConfig(**fields)
     except ValueError as error:
         # The trainer speaks of its fields; a user of the command knows its options.
         message = str(error)
         for field, name in _CONFIG.items():
             message = re.sub(rf"(?<![-\w]){field}(?= is | \d)", flag(name), message)
         raise ValueError(message) from None
-    steps = config.step_epochs
-    if config.schedule == "step" and not any(x < config.epochs for x in steps):
-        raise ValueError(
-            f"--lr-scheduler step: none of --lr-steps {steps} is below --epochs "
-            f"{config.epochs}, so the rate would never fall"
-        )
-    return config
 
 
 def sparsity_rules(options: Options) -> list[nmjax.Rule]:
@@ -208,7 +201,8 @@ def run_folder(options: Options) -> Path:
     """The run folder, which need not exist yet.
 
     Raises:
-      ValueError: It cannot be made, or holds a run that these options do not continue.
+      ValueError: It cannot be made, or holds a run that these options do not continue;
+        or a run that begins there would never lower its rate, as it is to.
     """
     if not options.run.output_dir:
         raise ValueError("--output-dir is empty: name a folder, or leave it out")
@@ -216,8 +210,16 @@ def run_folder(options: Options) -> Path:
     exists = next(path for path in (folder, *folder.parents) if path.exists())
     if not exists.is_dir():
         raise ValueError(f"--output-dir {folder}: {exists} is a file, not a folder")
+    begun = list_steps(folder / "checkpoints")
+    optim = options.optim
+    falls = any(epoch < optim.epochs for epoch in optim.lr_steps)
+    if not begun and optim.lr_scheduler == "step" and not falls:
+        raise ValueError(
+            f"--lr-scheduler step: none of --lr-steps {optim.lr_steps} is below "
+            f"--epochs {optim.epochs}, so the rate would never fall"
+        )
     # A run that has no checkpoint yet starts afresh, with whatever options.
-    if list_steps(folder / "checkpoints") and (saved := read_options(folder)):
+    if begun and (saved := read_options(folder)):
         then, now = saved.flat(), options.flat()
         changed = [k for k in now if k not in _FREE and now[k] != then[k]]
         if changed:

@@ -244,7 +244,8 @@ def decode_image(source: Source, record: int, payload: bytes, mode: str) -> Imag
             pixels = np.frombuffer(payload, np.uint8).reshape(source.raw_shape)
             return Image.fromarray(pixels.squeeze(-1)).convert(mode)
         with Image.open(io.BytesIO(payload)) as image:
-            if image.mode in ("I", "F"):
+            wide = image.mode == "I" and image.getextrema()[1] > 255
+            if wide or image.mode == "F":
                 raise ValueError(f"pixels of mode {image.mode} have no known range")
             if image.mode.startswith("I;16"):  # Pillow would cut values above 255
                 pixels = (np.asarray(image) >> 8).astype(np.uint8)

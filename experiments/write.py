@@ -68,8 +68,9 @@ def write_set(
                     for split in original.splits
                 }
                 _replace(partial, final)
-            finally:
+            except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
         raise DataError(
             f"cannot write to {final}: {error.strerror or error}"
@@ -85,10 +86,17 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        taken = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process writes in {folder.parent}") from None
+            # Meanwhile its owner may have moved it into place.
+            taken = not os.path.samestat(os.fstat(descriptor), os.stat(folder))
+        except (BlockingIOError, FileNotFoundError):
+            taken = True
+        except OSError as error:
+            logging.info("%s cannot be locked: %s", folder, error.strerror)
+        if taken:
+            raise DataError(f"another process writes in {folder.parent}")
         yield
     finally:
         os.close(descriptor)

@@ -93,7 +93,8 @@ def _arrays(params: Any) -> dict[str, Any]:
 
 
 def _fetched(path: str, x: Any) -> np.ndarray:
-    if not getattr(x, "is_fully_addressable", True):
+    whole = getattr(x, "is_fully_addressable", True) or x.is_fully_replicated
+    if not whole:
         raise ValueError(
             f"{path} lies on several hosts; gather it on all of them first: "
             "jax.experimental.multihost_utils.process_allgather(params, tiled=True)"

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from nmjax.masks import magnitude_mask
 from nmjax.pattern import NMPattern
@@ -267,26 +268,30 @@ _identity_gradient.defvjp(lambda w, value: (value, None), lambda _, dw_s: (dw_s,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def refuse_gradient(message: str, value: jax.Array, of: Any) -> jax.Array:
-    """`value` as it is; whoever differentiates by a leaf of `of` is told why not.
+    """`value` as it is; whoever differentiates it by a leaf of `of` is told why not.
 
     Args:
       message: Of the error.
-      value: Of any shape and dtype; its gradient passes.
+      value: Of any shape and dtype; its own gradient passes.
       of: A tree of arrays.
 
     Raises:
-      ValueError: A leaf of `of` is differentiated.
+      ValueError: In the backward pass: a gradient comes, and is for a leaf of `of`.
     """
     del message, of
     return value
 
 
 def _refuse_gradient_fwd(message, value, of):
-    if any(leaf.perturbed for leaf in jax.tree.leaves(of)):
+    del message
+    differentiated = any(leaf.perturbed for leaf in jax.tree.leaves(of))
+    return value.value, {"refused": jnp.zeros(())} if differentiated else {}
+
+
+def _refuse_gradient_bwd(message, residuals, dvalue):
+    if residuals and not isinstance(dvalue, SymbolicZero):
         raise ValueError(message)
-    return value.value, None
+    return dvalue, None
 
 
-refuse_gradient.defvjp(
-    _refuse_gradient_fwd, lambda message, _, dvalue: (dvalue, None), symbolic_zeros=True
-)
+refuse_gradient.defvjp(_refuse_gradient_fwd, _refuse_gradient_bwd, symbolic_zeros=True)

@@ -153,7 +153,8 @@ class Sparsity:
         spec.insert(logits.ndim + self.axis, None)  # the patterns of a group
         spec = PartitionSpec(*spec)
         if traced:  # along Explicit axes; of the others its type knows nothing
-            return jax.reshard(logits, spec)
+            no_mesh = jax.sharding.get_abstract_mesh().empty
+            return logits if no_mesh else jax.reshard(logits, spec)
         return jax.device_put(logits, NamedSharding(sharding.mesh, spec))
 
     def temperature(self, step: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -302,15 +303,19 @@ class Sparsity:
         recipe = self.recipe
         if not recipe.masks_weight:
             return w
-        if recipe.mask == "learned":
-            if "mask" not in entry:
-                return self._apply_learned(w, entry)
-            message = f"{self.path}: {PREPARED}"
-            if "key" in entry:
-                raise ValueError(message)
-            if "logits" in entry:
-                w = estimators.refuse_gradient(message, w, entry["logits"])
-        mask = self.mask(w, entry)
+        if recipe.mask != "learned":
+            return self._apply_mask(w, entry)
+        if "mask" not in entry:
+            return self._apply_learned(w, entry)
+        message = f"{self.path}: {PREPARED}"
+        if "key" in entry:
+            raise ValueError(message)
+        w_s, logits = self._apply_mask(w, entry), entry.get("logits")
+        # No forward mode (jvp): use nmjax.densify(model)
+        return estimators.refuse_gradient(message, w_s, logits)
+
+    def _apply_mask(self, w: jax.Array, entry: Entry) -> jax.Array:
+        recipe, mask = self.recipe, self.mask(w, entry)
         if recipe.mask == "soft-threshold":
             if "scale" not in entry:
                 raise ValueError(self._missing("scale"))
@@ -340,6 +345,7 @@ class Sparsity:
             logits = entry["logits"]
             mask = best_mask(logits, self.pattern, axis=self.axis)
             w_s = estimators.masked(w, mask)
+            # No forward mode (jvp): use nmjax.densify(model)
             return estimators.refuse_gradient(message, w_s, (w, logits))
         if "temperature" not in entry:
             raise ValueError(self._missing("temperature"))

@@ -333,10 +333,10 @@ def kept_entry(layer: Any, path: str) -> dict[str, jax.Array]:
     """
     recipe = layer.nm_sparsity.recipe
     entry = {}
-    kept = {*recipe.state_names, *(["logits"] if recipe.mask == "learned" else [])}
+    kept = recipe.state_names
     strange = [
         name
-        for name in _KEPT
+        for name in (*MASKS, *NUMBERS)
         if name not in kept and getattr(layer, f"nm_{name}") is not None
     ]
     if strange:
@@ -385,8 +385,10 @@ def store_entry(weight: Weight, entry: Entry) -> None:
         "flip_rate": NMFlipRate,
         "logits": NMLogits,
     }
-    for name, x in entry.items():
-        _put(weight, f"nm_{name}", functools.partial(kinds[name], x), x)
+    for name, kind in kinds.items():
+        if name in entry:
+            x = entry[name]
+            _put(weight, f"nm_{name}", functools.partial(kind, x), x)
 
 
 def store_key(weight: Weight, key: jax.Array | None) -> None:

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,16 @@ def _say(entry: Any) -> str:
 
 
 def write_descriptions(
-    run_dir: Path, config: TrainConfig, plan: Plan, options: Mapping[str, Any] | None
+    run_dir: Path, config: TrainConfig, plan: Plan, options: str | None
 ) -> None:
-    """Writes config.json, plan.json, versions.json and, if any, options.json."""
+    """Writes config.json, plan.json, versions.json and, if any, options.json.
+
+    From the first host; `options` is JSON.
+    """
     if jax.process_index() != 0:
         return
     if options is not None:
-        write_whole(run_dir / "options.json", json.dumps(options, indent=1))
+        write_whole(run_dir / "options.json", options)
     write_whole(run_dir / "config.json", json.dumps(config.to_dict(), indent=1))
     write_whole(run_dir / "plan.json", plan.to_json())
     write_whole(run_dir / "versions.json", json.dumps(versions(), indent=1))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,7 +109,6 @@ def train(
             options,
             held,
         )
-        held.callback(loop.close)
         return loop.run()
 
 
@@ -130,6 +130,7 @@ def _prepare(
             f"train takes a linen model, got {type(model).__name__}; for an nnx model, "
             "docs/README.md has loops of one's own"
         )
+    options = json.dumps(options, indent=1) if options is not None else None
     mesh = data_mesh(devices)
     steps_per_epoch = _steps_per_epoch(config, data, mesh)
     phases = make_phases(
@@ -162,9 +163,6 @@ def _prepare(
             f"{config.epochs} epochs of {steps_per_epoch} steps is shorter than what "
             f"is done in {run_dir}, {position.state.step} steps"
         )
-    plan = plans.get("sparse", phases[-1].plan)
-    run_folder.write_descriptions(run_dir, config, plan, options)
-    wait_for_hosts()
     if position is None:
         state = jit_new_train_state(phases[0])(variables)
         position = Position(state, phases[0].name, data=(), interval={})
@@ -172,7 +170,12 @@ def _prepare(
         _warn_of_another_phase(position, phases)
         state = replicate(position.state, mesh)
         position = dataclasses.replace(position, state=state)
-    return Loop(config, data, phases, run_dir, position, progress=progress)
+    loop = Loop(config, data, phases, run_dir, position, progress=progress)
+    held.callback(loop.close)
+    plan = plans.get("sparse", phases[-1].plan)
+    run_folder.write_descriptions(run_dir, config, plan, options)
+    wait_for_hosts()
+    return loop
 
 
 def _warn_of_another_phase(position: Position, phases: Sequence[Phase]) -> None:

@@ -52,6 +52,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def check_labels(batch: Mapping[str, np.ndarray], data: Any) -> None:
     """Raises ValueError where a label is none of the classes of `data`."""
     labels = np.asarray(batch["label"])
+    if "valid" in batch:  # others are padding
+        labels = labels[np.asarray(batch["valid"]) > 0]
     if labels.size and not 0 <= labels.min() <= labels.max() < data.num_classes:
         raise ValueError(
             f"{data.name} has labels from {labels.min()} to {labels.max()}; its "

@@ -487,6 +487,19 @@ def test_two_processes_do_not_write_one_set(fashion, tmp_path):
     assert "left" not in str(contents(tmp_path))
 
 
+def test_a_set_that_another_process_finishes_meanwhile(fashion, tmp_path, monkeypatch):
+    partial = tmp_path / "fashion_mnist" / ".1.0.0.partial"
+
+    def flock(descriptor, operation):  # granted when the other is done
+        (partial / "its files").write_text("")
+        partial.rename(partial.with_name("1.0.0"))
+
+    monkeypatch.setattr(write.fcntl, "flock", flock)
+    with pytest.raises(SystemExit, match="another process writes in"):
+        run("fashion_mnist", "--source", fashion, "--data-path", tmp_path)
+    assert list((tmp_path / "fashion_mnist").rglob("its files"))
+
+
 # --- the command line
 
 

@@ -91,6 +91,29 @@ def test_a_state_holds_the_masks_that_recipes_keep_and_no_other(params):
     assert problems(params, plan, masks)[0].keys() == {"head/kernel"}
 
 
+class OnSeveralHosts:
+    """What check asks of a jax.Array that two processes share."""
+
+    is_fully_addressable = False
+
+    def __init__(self, array, is_fully_replicated):
+        self.array, self.is_fully_replicated = array, is_fully_replicated
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        assert self.is_fully_replicated
+        return np.asarray(self.array)
+
+
+def test_arrays_of_several_hosts(params, plan, masks):
+    def shared(tree, replicated):
+        return jax.tree.map(lambda x: OnSeveralHosts(x, replicated), tree)
+
+    nmjax.check(shared(params, True), plan, shared(masks, True))
+    with pytest.raises(ValueError, match="lies on several hosts; gather it"):
+        nmjax.check(shared(params, False), plan, masks)
+
+
 def test_bfloat16_weights(params):
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
     plan = plan_params(params, RULES)

@@ -1,5 +1,7 @@
 """The state and what is made of it: init_state, refresh, prepare, bake."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -485,3 +487,34 @@ def test_sharded_weights_have_sharded_logits(rng, axis_type, spec):
     expected = nmjax.bake({"w": w}, plan, state, logits=alone)
     np.testing.assert_array_equal(baked["w"], expected["w"])
     np.testing.assert_allclose(gradient["w"], jax.grad(loss)(alone, w)["w"], 1e-5, 1e-6)
+
+
+def test_logits_that_are_made_under_jit_without_a_mesh(rng):
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Explicit,))
+    w = jax.device_put(weight(rng, 16, 8), NamedSharding(mesh, P("model")))
+    plan = plan_params({"w": w}, [Rule("w", recipes.learned("2:4"))])
+    logits = jax.jit(lambda w: nmjax.init_logits({"w": w}, plan))(w)
+    assert logits["w"].shape == (4, 6, 8)
+
+
+def test_what_nobody_differentiates_needs_no_random_bits(rng):
+    """A pass without noise beside the one that trains: a teacher, a metric."""
+    w = weight(rng, 16, 8)
+    plan = plan_params({"w": w}, [Rule("w", recipes.learned("2:4"))])
+    state, logits = (
+        make({"w": w}, plan) for make in (nmjax.init_state, nmjax.init_logits)
+    )
+
+    def loss(logits, watch):
+        masked = functools.partial(nmjax.sparsify_params, {"w": w}, plan, state)
+        noisy = masked(logits=logits, key=jax.random.key(0))["w"]
+        quiet = masked(logits=logits)["w"]
+        watched = quiet if watch else jax.lax.stop_gradient(quiet)
+        return (noisy**2).sum() + (watched**2).sum(), quiet.sum()
+
+    for transform in (functools.partial, jax.checkpoint):
+        quietly = transform(functools.partial(loss, watch=False))
+        found, _ = jax.jit(jax.grad(quietly, has_aux=True))(logits)
+        assert np.abs(found["w"]).max() > 0
+    with pytest.raises(ValueError, match="training needs random bits"):
+        jax.grad(functools.partial(loss, watch=True), has_aux=True)(logits)

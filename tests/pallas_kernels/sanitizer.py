@@ -42,6 +42,8 @@ def command(binary: str, tool: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     found = find() or sys.exit("compute-sanitizer is not on PATH")
     os.chdir(ROOT)
     os.execve(found, command(found, sys.argv[1]), os.environ | ENVIRONMENT)

@@ -182,6 +182,15 @@ def test_a_wrong_rival_is_a_note(monkeypatch):
     assert len(row.rivals_ratio["cuSPARSELt"]) == 3
 
 
+def test_what_launches_may_set_the_time_of_is_marked(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = {"rounds": 1, "seconds": 0, "sets": 2}
+    for limit, notes in ((0, 0), (float("inf"), 1)):
+        monkeypatch.setattr(contenders, "_LAUNCH", limit)
+        row = contenders.measure(SMALL, "reference", "bfloat16", **options)
+        assert row.status == "ok" and len(row.notes) == notes
+
+
 def broken_kernel(monkeypatch, gemm):
     fake = types.SimpleNamespace(gemm=gemm, unavailable=lambda *_: None)
     monkeypatch.setattr(dispatch, "kernel", lambda name: fake)

@@ -123,5 +123,4 @@ def test_what_another_recipe_kept_is_not_used(keeps, pure):
         new(x)
     fresh = nmjax.sparsify(layer, "2:4")
     nnx.update(fresh, nnx.state(old, nnx.Param))
-    if keeps != "learned":  # its logits are parameters too
-        np.testing.assert_array_equal(fresh(x), nmjax.sparsify(layer, "2:4")(x))
+    np.testing.assert_array_equal(fresh(x), nmjax.sparsify(layer, "2:4")(x))

@@ -534,7 +534,8 @@ def test_wrong_arguments_are_refused_before_the_folder_is_touched(
 
 def test_data_without_a_position_are_refused(tmp_path):
     with pytest.raises(ValueError, match="iterator with get_state and set_state, got"):
-        run(tmp_path, data=NoState())
+        run(tmp_path, data=NoState(), options={})
+    assert not (tmp_path / "options.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["labels", "test_labels"])
@@ -546,6 +547,18 @@ def test_labels_that_are_no_classes_are_refused(tmp_path, kind):
         ValueError, match="fake has labels from .* to 10; its 10 classes"
     ):
         run(tmp_path, data=data)
+
+
+def test_labels_of_padding_may_be_anything(tmp_path):
+    class Data(FakeData):
+        def test_batches(self, *args, **kwargs):
+            for batch in super().test_batches(*args, **kwargs):
+                batch["label"] = np.where(batch["valid"] > 0, batch["label"], -1)
+                yield batch
+
+    assert 20 % 16  # test images and the size of a batch
+    result = run(tmp_path, data=Data(), settings=config(epochs=1))
+    assert np.isfinite(result.test_loss)
 
 
 def test_training_batches_that_end_are_an_error(tmp_path):
