@@ -7,7 +7,8 @@
 #
 # From a checkout, with a python3 that has jax, flax, hypothesis, pytest-xdist and
 # pytest-timeout, and with compute-sanitizer and ncu of the CUDA toolkit; nothing is
-# installed or fetched, no setting of the GPU is changed. Each question has a time limit; all that is said goes to OUT/log, its end to the terminal.
+# installed or fetched, no setting of the GPU is changed. Each question has a time limit;
+# all that is said goes to OUT/log, its end to the terminal.
 # The last lines say how each ended, and so does the exit status.
 # It can be tried without a GPU: JAX_PLATFORMS=cpu bash benchmarks/on_gpu.sh OUT values
 set -uo pipefail

@@ -114,12 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{original.name}: {images} images")
     following = "python -m experiments.imagenet"
     if command.data_path != BUNDLED:
-        of_set = (
-            n for n, p in PRESETS.items() if p.options.data.dataset == original.name
-        )
-        following += (
-            f" {next(of_set)} --data-path {shlex.quote(str(command.data_path))}"
-        )
+        sets = {preset: p.options.data.dataset for preset, p in PRESETS.items()}
+        preset = next(preset for preset in sets if sets[preset] == original.name)
+        following += f" {preset} --data-path {shlex.quote(str(command.data_path))}"
     print(f"{folder} is ready; next: {following}")
 
 

@@ -20,11 +20,6 @@ from pathlib import Path
 from experiments.originals import Examples, Original
 from experiments.sources import DataError, Records
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
 SHARD_BYTES = 256 * 2**20
 """A file is closed once it holds this many bytes of records."""
 
@@ -81,21 +76,16 @@ def write_set(
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a folder; ends with this one, however it ends."""
-    if fcntl is None:
-        yield
-        return
+    from nmjax.training.run_folder import take_lock  # loads jax
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        taken = False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Meanwhile its owner may have moved it into place.
-            taken = not os.path.samestat(os.fstat(descriptor), os.stat(folder))
-        except (BlockingIOError, FileNotFoundError):
-            taken = True
-        except OSError as error:
-            logging.info("%s cannot be locked: %s", folder, error.strerror)
-        if taken:
+        free = take_lock(descriptor)
+        # Its owner may have moved it into place meanwhile.
+        there = folder.exists() and os.path.samestat(
+            os.fstat(descriptor), folder.stat()
+        )
+        if not (free and there):
             raise DataError(f"another process writes in {folder.parent}")
         yield
     finally:

@@ -38,10 +38,11 @@ def check_network(network: Mapping[str, Any]) -> None:
     if not learned:
         return
     logits = network["nm_logits"]
+    there = named_leaves(logits)
     problems = [
         Problem(path, "missing", "the checkpoint has no logits for it")
         for path in learned
-        if path not in named_leaves(logits)
+        if path not in there
     ]
     if problems:
         raise CheckError(problems)

@@ -65,6 +65,22 @@ def probe(run_dir: Path, needed: int) -> None:
         )
 
 
+def take_lock(file: Any) -> bool:
+    """Takes the lock of an open file or folder; whether no other process holds it.
+
+    It is let go when the file is closed. Nobody holds one where there are no locks.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.info("there are no locks here: %s", error.strerror)
+    return True
+
+
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Keeps other processes out of a run folder; ends with this one, however it ends.
@@ -72,19 +88,15 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
       CheckpointError: Another process trains there.
     """
-    if jax.process_index() != 0 or fcntl is None:
+    if jax.process_index() != 0:
         yield
         return
     with (run_dir / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file):
             raise CheckpointError(
                 f"another process trains in {run_dir} (lslocks shows which): wait "
                 "until it has ended, or give another folder"
-            ) from None
-        except OSError as error:
-            logger.info("%s cannot be locked: %s", run_dir, error.strerror)
+            )
         yield
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from experiments import originals, prepare, write
 from experiments.data import DataError, load
 from experiments.sources import BUNDLED, Records
+from nmjax.training import run_folder
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = {
@@ -494,7 +495,7 @@ def test_a_set_that_another_process_finishes_meanwhile(fashion, tmp_path, monkey
         (partial / "its files").write_text("")
         partial.rename(partial.with_name("1.0.0"))
 
-    monkeypatch.setattr(write.fcntl, "flock", flock)
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
     with pytest.raises(SystemExit, match="another process writes in"):
         run("fashion_mnist", "--source", fashion, "--data-path", tmp_path)
     assert list((tmp_path / "fashion_mnist").rglob("its files"))
