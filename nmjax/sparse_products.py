@@ -2,9 +2,10 @@
 
 A GEMM of which one operand is 2:4 along the axis that it contracts, a pointwise
 convolution's too, can run on the kernels of `pallas_kernels`. It does where
-`pallas_kernels.dispatch` knows a measurement of this device that says so; elsewhere,
-and that is everywhere until a device was measured with `python -m pallas_kernels.bench
---tune`, the product of the masked operand is dense. Both accumulate in float32 and
+`pallas_kernels.dispatch` knows a measurement of this device that says so, the time to
+compress the operand included; elsewhere, and that is everywhere until a device was
+measured with `python -m pallas_kernels.bench --tune`, the product of the masked operand
+is dense. Both accumulate in float32 and
 round once. On a kernel a layer has gradients to any order in reverse mode, but no
 Hessian.
 
@@ -26,7 +27,7 @@ from jax.sharding import AxisType
 
 from nmjax.pattern import NMPattern
 from nmjax.recipe import Recipe
-from pallas_kernels import compress_magnitude, nm_matmul
+from pallas_kernels import compress_magnitude, implementations, nm_matmul
 from pallas_kernels.devices import this_device
 from pallas_kernels.dispatch import is_measured, judge
 from pallas_kernels.partitioning import axis_types, partitioned
@@ -38,7 +39,11 @@ _DTYPES = ("bfloat16", "float16")
 
 def may_run_on_tensor_core(recipe: Recipe) -> bool:
     """Whether a GEMM of this recipe can run on a sparse tensor core of this device."""
-    return recipe.pattern == _PATTERN and is_measured()
+    return (
+        recipe.pattern == _PATTERN
+        and is_measured()
+        and implementations.choose(None, "compression") != "reference"
+    )
 
 
 def on_tensor_core(
@@ -149,7 +154,10 @@ class SparseProduct:
         # As `nm_matmul` makes it: the compressed operand is the instruction's A.
         form = Form(b_is_kn=self.transpose_lhs or not on_right, out_is_nm=on_right)
         sizes = (n, m, k) if on_right else (m, n, k)
-        choice = judge(*sizes, dtype=lhs.dtype, form=form, device=this_device())
+        device = this_device()
+        choice = judge(
+            *sizes, dtype=lhs.dtype, form=form, device=device, compressing=True
+        )
         return choice.name != "reference"
 
     def dense(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -6,6 +6,9 @@ dtype and layouts whose m, n and k are each within a factor of two of the produc
 a lower quartile above 1. Where one says otherwise, or there is none, the compressed
 side is decompressed and the product is dense. So nothing is extrapolated: a kernel that
 was never measured on a device is not chosen there.
+
+A layer whose operand is masked anew compresses it at every call. What counts for it
+are measurements that compress too (`compressing=True`).
 """
 
 import dataclasses
@@ -43,7 +46,7 @@ class Choice:
 
 def choose(a: NMCompressed, b: jax.Array, form: Form) -> Choice:
     """What `nm_matmul` runs for A · B where it is free to choose."""
-    choice = _judge_operands(a, b, form, this_device())
+    choice = _judge_operands(a, b, form, device=this_device())
     if choice.name != "reference":
         unavailable = kernel(choice.name).unavailable(a, b, form)
         if unavailable:
@@ -51,13 +54,13 @@ def choose(a: NMCompressed, b: jax.Array, form: Form) -> Choice:
     return choice
 
 
-def _judge_operands(a: NMCompressed, b: Any, form: Form, device) -> Choice:
+def _judge_operands(a: NMCompressed, b: Any, form: Form, **asked: Any) -> Choice:
     """`judge`, where an instruction takes the operands."""
     if reason := reference.unsupported(a, b, form):
         return Choice("reference", f"{reason}: {_DENSE}")
     m, k = a.shape
     n = b.shape[-1 if form.b_is_kn else -2]
-    return judge(m, n, k, dtype=a.dtype, form=form, device=device)
+    return judge(m, n, k, dtype=a.dtype, form=form, **asked)
 
 
 def is_measured() -> bool:
@@ -67,9 +70,27 @@ def is_measured() -> bool:
 
 
 def judge(
-    m: int, n: int, k: int, *, dtype: Any, form: Form, device: Device | None
+    m: int,
+    n: int,
+    k: int,
+    *,
+    dtype: Any,
+    form: Form,
+    device: Device | None,
+    compressing: bool = False,
 ) -> Choice:
-    """What the measurements say about A (m, k) · B (k, n) on a device."""
+    """What the measurements say about A (m, k) · B (k, n) on a device.
+
+    Args:
+      m: Rows of A.
+      n: Columns of B.
+      k: What is contracted.
+      dtype: Of both operands.
+      form: The layouts of B and D.
+      device: None where there is no GPU.
+      compressing: A comes dense, with its zeros, and the sparse product has to
+        compress it first.
+    """
     if device is None:
         return Choice("reference", f"no kernel for this device: {_DENSE}")
     if 0 in (m, n, k):
@@ -91,13 +112,20 @@ def judge(
         if measured is None:
             what = f"no measurement for {name} yet"
         return Choice("reference", f"{what}: run `{TUNE}`; {_DENSE}")
-    slowest = min(near, key=lambda entry: entry.ratio[0])
+    ratios: dict[Measurement, Any] = {
+        entry: entry.compressing if compressing else entry.ratio for entry in near
+    }
+    if None in ratios.values():
+        what = f"no kernel compressed near m, n, k = {m}, {n}, {k} on {name}"
+        return Choice("reference", f"{what}: {_DENSE}")
+    slowest = min(near, key=lambda entry: ratios[entry])
+    low, median, high = ratios[slowest]
     words = (
-        f"{device.kernel} was measured at {slowest.ratio[1]:.2f}x the dense product's "
-        f"speed ({slowest.ratio[0]:.2f} to {slowest.ratio[2]:.2f}) for m, n, k = "
-        f"{slowest.m}, {slowest.n}, {slowest.k} on {name}"
+        f"{device.kernel} was measured at {median:.2f}x the dense product's speed "
+        f"({low:.2f} to {high:.2f}{', compressing' if compressing else ''}) for "
+        f"m, n, k = {slowest.m}, {slowest.n}, {slowest.k} on {name}"
     )
-    if slowest.ratio[0] <= 1:
+    if low <= 1:
         return Choice("reference", f"{words}: {_DENSE}")
     nearest = min(near, key=lambda entry: _distance(entry, m, n, k))
     return Choice(device.kernel, f"{words}, the least near this size", nearest.config)
@@ -111,6 +139,7 @@ def explain(
     dtype: Any = "bfloat16",
     form: Form | None = None,
     device: str | None = None,
+    compressing: bool = False,
 ) -> str:
     """What `nm_matmul` would run for a product, and why, with the measured speed.
 
@@ -123,6 +152,7 @@ def explain(
         `(n, m)`.
       device: By default this one; else a name, as CUDA has it ("NVIDIA H200") or as
         `devices.DATA_SHEETS` does ("h200").
+      compressing: What a layer of nmjax would run, which compresses A at every call.
 
     Raises:
       ValueError: The device has no such name, or the sizes cannot be.
@@ -142,7 +172,7 @@ def explain(
                 f"device={device!r}: expected None, this device's name, or one of "
                 f"{[*DATA_SHEETS]}"
             )
-    choice = _judge_operands(a, b, form, where)
+    choice = _judge_operands(a, b, form, device=where, compressing=compressing)
     name = where.name if where else jax.devices()[0].device_kind
     return f"{name}: {choice.name}; {choice.reason}"
 

@@ -20,13 +20,13 @@ PROVEN_ON: frozenset[str] = frozenset()
 
 _LOGGER = logging.getLogger(__name__)
 
-_MODULES = {
+_MODULES: dict[Implementation, str] = {
     "mosaic": "pallas_kernels.{}_mosaic",
     "triton": "pallas_kernels.triton.{}",
 }
 
 
-def choose(implementation: Implementation | None, part: str) -> str:
+def choose(implementation: Implementation | None, part: str) -> Implementation:
     """The name of what runs `part`, "compression" or "tile_masks".
 
     Raises:
@@ -47,12 +47,27 @@ def choose(implementation: Implementation | None, part: str) -> str:
     return implementation
 
 
-def module(name: str, part: str) -> Any:
+def available(part: str) -> Implementation:
+    """The first kernel of `part` that this device and this jax can run, proven or not.
+
+    Raises:
+      NotImplementedError: There is none; the message says why.
+    """
+    reasons = []
+    for name in _MODULES:
+        reason = module(name, part).unavailable()
+        if reason is None:
+            return name
+        reasons.append(f"{name} {reason}")
+    raise NotImplementedError(f"{part}: {'; '.join(reasons)}")
+
+
+def module(name: Implementation, part: str) -> Any:
     """The module of a kernel, loaded where it is used: Mosaic and Triton are large."""
     return importlib.import_module(_MODULES[name].format(part))
 
 
-def _best(part: str) -> str:
+def _best(part: str) -> Implementation:
     device = this_device()
     if device is None:
         _say_once(f"{part}: no kernel for this device: plain jnp")
@@ -63,14 +78,11 @@ def _best(part: str) -> str:
             'implementation="mosaic" or "triton" says otherwise'
         )
         return "reference"
-    reasons = []
-    for name in _MODULES:
-        reason = module(name, part).unavailable()
-        if reason is None:
-            return name
-        reasons.append(f"{name} {reason}")
-    _say_once(f"{part}: {'; '.join(reasons)}: plain jnp")
-    return "reference"
+    try:
+        return available(part)
+    except NotImplementedError as error:
+        _say_once(f"{error}: plain jnp")
+        return "reference"
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from pallas_kernels.config import CONFIGS, Config
 TUNED = Path(__file__).parent / "tuned"
 
 # Of the files; raised when an entry changes its meaning.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Measurement:
       sparse_us: Median time of the sparse product in µs.
       ratio: Quartiles of dense over sparse time, round by round: above 1 the sparse
         product is faster.
+      compressing: The same where A is compressed on the way, as in a layer: from `(m,
+        k)` or `(k, m)` in `dtype`, whichever takes longer. None where no kernel does.
       config: With which the kernel ran.
     """
 
@@ -54,6 +56,7 @@ class Measurement:
     dense_us: float
     sparse_us: float
     ratio: tuple[float, float, float]
+    compressing: tuple[float, float, float] | None
     config: Config
 
     def __post_init__(self):
@@ -68,11 +71,14 @@ class Measurement:
             raise ValueError(
                 f"m, n, k = {self.m}, {self.n}, {self.k}: must be positive"
             )
-        low, median, high = self.ratio
-        if not (0 < low <= median <= high and self.dense_us > 0 < self.sparse_us):
+        for low, median, high in filter(None, (self.ratio, self.compressing)):
+            if not 0 < low <= median <= high:
+                raise ValueError(
+                    f"quartiles {low}, {median}, {high}: must be positive, in order"
+                )
+        if not self.dense_us > 0 < self.sparse_us:
             raise ValueError(
-                f"times {self.dense_us} and {self.sparse_us} µs with the quartiles "
-                f"{self.ratio}: must be positive, quartiles in order"
+                f"times {self.dense_us} and {self.sparse_us} µs: must be positive"
             )
 
 
@@ -129,6 +135,8 @@ def load(device: str, folder: Path | None = None) -> Measured | None:
     for i, entry in enumerate(record["entries"]):
         try:
             fields: dict[str, Any] = dict(entry, ratio=tuple(entry["ratio"]))
+            if entry["compressing"] is not None:
+                fields["compressing"] = tuple(entry["compressing"])
             fields["config"] = CONFIGS[entry["architecture"]](**entry["config"])
             entries.append(Measurement(**fields))
         except (KeyError, TypeError, ValueError) as error:

@@ -11,16 +11,18 @@ import jax
 
 from pallas_kernels import devices, dispatch, measurements
 from pallas_kernels.bench import products, report, roofline, tuning
-from pallas_kernels.bench.contenders import measure, missing_cusparselt
-from pallas_kernels.bench.options import parse
+from pallas_kernels.bench.contenders import (
+    measure,
+    missing_compression,
+    missing_cusparselt,
+)
+from pallas_kernels.bench.options import QUICK_CONFIGS, parse
 from pallas_kernels.bench.products import SUITES, TOKENS, USES, Product
 from pallas_kernels.bench.report import CompressionRow, Row
 from pallas_kernels.devices import DATA_SHEETS, Device
 
 # What a quick run keeps: sizes on either side of where sparse products begin to win.
 _QUICK_TOKENS = (2048, 16384)
-# On Hopper those that may come to 1.24 times the dense product's speed or more.
-_QUICK_CONFIGS = 21
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,14 +95,16 @@ def _bench(options, chosen: list[Product], here: Device | None) -> int:
         title = f"{report.NO_GPU}{title}"
     cusparselt = missing_cusparselt()
     absent = [f"No cuSPARSELt: {cusparselt}."] if cusparselt else []
+    if compression := missing_compression():
+        absent.append(f"No times with compression: {compression}.")
     for note in filter(None, [*absent, report.missing_plot()]):
         print(f"Note: {note}", file=sys.stderr)
     seconds = options.milliseconds / 1e3 if on_gpu else 0.0
     timed = {"rounds": options.rounds, "seconds": seconds}
     rows, passed = [], []
     folder = options.output_dir or Path("runs/bench")
-    compression = _passes(options)
-    progress = _Progress(len(chosen) + len(compression))
+    passes = _passes(options)
+    progress = _Progress(len(chosen) + len(passes))
 
     def table() -> str:
         return _markdown(title, about, rows, passed, sheet, absent)
@@ -113,7 +117,7 @@ def _bench(options, chosen: list[Product], here: Device | None) -> int:
         rows.append(row)
         report.write(folder, title, table(), rows, passed, about)
         progress.step(f"{product.layer}, {product.use.name}, n = {product.n}", row)
-    for measure_pass, name in compression:
+    for measure_pass, name in passes:
         row = measure_pass(**timed)
         passed.append(row)
         report.write(folder, title, table(), rows, passed, about)
@@ -154,7 +158,7 @@ def _tune(options, chosen: list[Product], here: Device) -> int:
     if kernel is None or options.implementation not in (None, kernel):
         print(f"--tune: the kernel of {here.name} is {kernel}", file=sys.stderr)
         return 2
-    configs = tuning.configs_for(here, _QUICK_CONFIGS if options.quick else 0)
+    configs = tuning.configs_for(here, QUICK_CONFIGS if options.quick else 0)
     about = report.machine()
     folder = options.output_dir
     print(f"{len(chosen)} products, {len(configs)} Configs of {kernel} each")
@@ -175,11 +179,12 @@ def _tune(options, chosen: list[Product], here: Device) -> int:
             print(f"{product.layer}, n = {product.n}: {line}", file=sys.stderr)
         status = "no Config runs"
         if tuned.measurement:
-            status = f"{tuned.measurement.ratio[1]:.2f}x, {tuned.measurement.config}"
+            found = tuned.measurement
+            status = f"{found.ratio[1]:.2f}x, {found.config}"
+            if found.compressing:
+                status = f"with compression {found.compressing[1]:.2f}x, {status}"
             old = measurements.load(here.name, folder)
-            entries = measurements.merged(
-                old.entries if old else (), [tuned.measurement]
-            )
+            entries = measurements.merged(old.entries if old else (), [found])
             # After every product: a run that ends early keeps what it has.
             path = measurements.save(
                 measurements.Measured(here.name, about, entries), folder

@@ -18,10 +18,11 @@ import numpy as np
 from jax import lax
 from jax.stages import Compiled, Lowered
 
-from pallas_kernels import dispatch, reference
+from pallas_kernels import dispatch, implementations, reference
 from pallas_kernels.bench.products import Product
 from pallas_kernels.bench.report import Row
 from pallas_kernels.bench.timing import Contender, quartiles, race, sets_for
+from pallas_kernels.compression import compress_magnitude
 from pallas_kernels.config import Config
 from pallas_kernels.format import NMCompressed, compress
 
@@ -81,16 +82,7 @@ class Race:
         Raises:
           NotImplementedError: The kernel cannot run here, with its reason.
         """
-        gemm = reference.gemm
-        if implementation != "reference":
-            kernel = dispatch.kernel(implementation)
-            reason = kernel.unavailable(*self._sparse[0], self.form)
-            if reason:
-                raise NotImplementedError(reason)
-            gemm = kernel.gemm
-            if config is not None:
-                gemm = functools.partial(gemm, config=config)
-        return _lowered(lambda a, b: gemm(a, b, None, self.form), self._sparse)
+        return _lowered(self._gemm(implementation, config), self._sparse)
 
     def judged(self, name: str, compiled: Compiled) -> Contender:
         """A contender of what `lowered` became.
@@ -106,6 +98,44 @@ class Race:
         """A kernel of this package, or "reference": lowered, compiled, judged."""
         lowered = self.lowered(implementation)
         return self.judged(implementation, compile_alone(lowered))
+
+    def compressing(
+        self,
+        implementation: str,
+        config: Config | None = None,
+        *,
+        other_layout: bool = False,
+    ) -> Contender:
+        """A kernel and before it the pass that compresses A, as a layer needs both.
+
+        Args:
+          implementation: As for `lowered`.
+          config: As for `lowered`.
+          other_layout: A lies the other way than in this use of the layer.
+
+        Raises:
+          NotImplementedError: No kernel compresses or multiplies here.
+          WrongResult: Its result is not the oracle's.
+        """
+        compression = implementations.available("compression")
+        gemm = self._gemm(implementation, config)
+        a_is_km = self.product.use.a_is_km != other_layout
+        axis = -2 if a_is_km else -1
+
+        def product(a, b):
+            a24 = compress_magnitude(
+                a, axis=axis, dtype=a.dtype, implementation=compression
+            )
+            return gemm(a24.T if a_is_km else a24, b)
+
+        sets = self._dense
+        if other_layout:
+            sets = [(jax.jit(jnp.transpose)(a), b) for a, b in sets]
+        name = f"{implementation} compressing {'(k, m)' if a_is_km else '(m, k)'}"
+        compiled = compile_alone(_lowered(product, sets))
+        contender = _contender(name, compiled, sets)
+        self._judge(name, contender.run())
+        return contender
 
     def cusparselt(self) -> Contender:
         """The product of NVIDIA's library through torch, its algorithm searched for.
@@ -142,6 +172,19 @@ class Race:
             "cuSPARSELt", [jax.dlpack.from_dlpack(out.contiguous()) for out in results]
         )
         return contender
+
+    def _gemm(self, implementation: str, config: Config | None) -> Any:
+        """The product of A compressed and B by a kernel that can run here."""
+        gemm = reference.gemm
+        if implementation != "reference":
+            kernel = dispatch.kernel(implementation)
+            reason = kernel.unavailable(*self._sparse[0], self.form)
+            if reason:
+                raise NotImplementedError(reason)
+            gemm = kernel.gemm
+            if config is not None:
+                gemm = functools.partial(gemm, config=config)
+        return lambda a, b: gemm(a, b, None, self.form)
 
     def _dense_product(self, a, b, accumulator=None):
         """`jnp.dot`, which on a GPU accumulates in float32 and writes `a.dtype`."""
@@ -244,6 +287,9 @@ def measure(
     try:
         entrants = Race(product, dtype, sets=sets)
         sparse = entrants.sparse(implementation)
+        layers = []
+        if missing_compression() is None:
+            layers.append(entrants.compressing(implementation))
     except NotImplementedError as error:
         return dataclasses.replace(row, status=f"cannot run: {error}")
     except WrongResult as error:
@@ -257,7 +303,8 @@ def measure(
             rivals.append(entrants.cusparselt())
         except Exception as error:  # whatever another library says of itself
             notes.append(f"cuSPARSELt: {error}")
-    times = race([entrants.dense, sparse, *rivals], rounds=rounds, seconds=seconds)
+    racing = [entrants.dense, sparse, *layers, *rivals]
+    times = race(racing, rounds=rounds, seconds=seconds)
     ours = times[sparse.name]
     shortest = min(np.median(ours), np.median(times["dense"]))
     if jax.default_backend() == "gpu" and shortest < _LAUNCH:
@@ -267,10 +314,21 @@ def measure(
         dense_us=1e6 * quartiles(times["dense"])[1],
         sparse_us=1e6 * quartiles(ours)[1],
         ratio=quartiles(times["dense"] / ours),
+        compressing=next(
+            (quartiles(times["dense"] / times[c.name]) for c in layers), None
+        ),
         rivals_us={c.name: 1e6 * quartiles(times[c.name])[1] for c in rivals},
         rivals_ratio={c.name: quartiles(times[c.name] / ours) for c in rivals},
         notes=tuple(notes),
     )
+
+
+def missing_compression() -> str | None:
+    """Why no kernel compresses here, as layers need it; None where one does."""
+    try:
+        implementations.available("compression")
+    except NotImplementedError as error:
+        return f"{error}"
 
 
 def missing_cusparselt() -> str | None:

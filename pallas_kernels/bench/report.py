@@ -39,6 +39,7 @@ class Row:
       dense_us: Median time of the dense product in µs, 0 where none counts.
       sparse_us: Median time of the sparse product in µs.
       ratio: Quartiles of dense over sparse time within a round.
+      compressing: The same where A is compressed on the way; None where it is not.
       rivals_us: Median times in µs of others, by name.
       rivals_ratio: Quartiles of their time over the sparse time, by name.
       notes: Why a rival is not there.
@@ -51,6 +52,7 @@ class Row:
     dense_us: float = 0.0
     sparse_us: float = 0.0
     ratio: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    compressing: tuple[float, float, float] | None = None
     rivals_us: dict[str, float] = dataclasses.field(default_factory=dict)
     rivals_ratio: dict[str, tuple] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -129,7 +131,7 @@ def product_table(rows: Sequence[Row], sheet: DataSheet | None) -> str:
     rivals = sorted({name for row in rows for name in row.rivals_us})
     names = ["layer", "use", "m", "n", "k", "dense µs", "sparse µs", "TFLOP/s"]
     names += ["of dense peak", "of bandwidth"] if sheet else []
-    names += ["over dense", "quartiles"]
+    names += ["over dense", "quartiles", "with compression"]
     for rival in rivals:
         names += [f"{rival} µs", f"over {rival}"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
@@ -151,6 +153,7 @@ def product_table(rows: Sequence[Row], sheet: DataSheet | None) -> str:
                 cells.append(f"{row.gb_per_s / sheet.gb_per_s:.0%}")
             low, median, high = row.ratio
             cells += [f"{median:.2f}x", f"{low:.2f}–{high:.2f}"]
+            cells.append(f"{row.compressing[1]:.2f}x" if row.compressing else "")
             for rival in rivals:
                 found = rival in row.rivals_us
                 cells += (

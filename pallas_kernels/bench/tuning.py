@@ -7,7 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
-from pallas_kernels.bench.contenders import Race, WrongResult, compile_alone
+from pallas_kernels.bench.contenders import (
+    Race,
+    WrongResult,
+    compile_alone,
+    missing_compression,
+)
 from pallas_kernels.bench.products import Product
 from pallas_kernels.bench.search import search_space
 from pallas_kernels.bench.timing import Contender, quartiles, race
@@ -103,10 +108,20 @@ def tune(
     if best is None:
         return Tuned(None, tuple(wrong), tuple(failed))
     _, config, contender = best
+    layers = []
+    for other in (False, True) if missing_compression() is None else ():
+        try:
+            layers.append(entrants.compressing(kernel, config, other_layout=other))
+        except WrongResult as error:
+            wrong.append(f"{error}")
+        except Exception as error:
+            failed.append(f"compressing: {type(error).__name__}: {error}"[:500])
+    racing = [entrants.dense, contender, *layers]
     try:
-        times = race([entrants.dense, contender], rounds=rounds, seconds=seconds)
+        times = race(racing, rounds=rounds, seconds=seconds)
     except jax.errors.JaxRuntimeError as error:  # a Config before it broke the device
         return Tuned(None, tuple(wrong), (*failed, f"{error}"[:500]))
+    ratios = [quartiles(times["dense"] / times[layer.name]) for layer in layers]
     measurement = Measurement(
         architecture=kernel,
         m=product.m,
@@ -118,6 +133,7 @@ def tune(
         dense_us=1e6 * quartiles(times["dense"])[1],
         sparse_us=1e6 * quartiles(times[contender.name])[1],
         ratio=quartiles(times["dense"] / times[contender.name]),
+        compressing=min(ratios) if len(ratios) == 2 else None,
         config=config,
     )
     return Tuned(measurement, tuple(wrong), tuple(failed))

@@ -8,7 +8,7 @@ import pytest
 
 import nmjax
 from nmjax import recipes, sparse_products
-from pallas_kernels import matmul
+from pallas_kernels import implementations, matmul
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.partitioning import partitioned
 
@@ -20,7 +20,8 @@ def products(monkeypatch):
     """A device on which every sparse product was measured faster: what it was asked."""
     asked = []
 
-    def judge(m, n, k, **kwargs):
+    def judge(m, n, k, *, compressing, **kwargs):
+        assert compressing
         if asked[-1:] != [(m, n, k)]:  # before a product is traced, and within
             asked.append((m, n, k))
         return Choice("a kernel")
@@ -32,6 +33,7 @@ def products(monkeypatch):
 
     monkeypatch.setattr(sparse_products, "judge", judge)
     monkeypatch.setattr(sparse_products, "is_measured", lambda: True)
+    monkeypatch.setattr(implementations, "choose", lambda *_: "mosaic")
     monkeypatch.setattr(matmul.dispatch, "choose", choose)
     partitioned.cache_clear()  # and with it what is traced of its functions
     yield asked
@@ -202,6 +204,13 @@ def test_float32_and_ragged_products_stay_dense(products):
 
 def test_without_a_measurement_nothing_is_judged():
     assert not sparse_products.may_run_on_tensor_core(recipes.sr_ste("2:4"))
+
+
+def test_nothing_runs_there_that_plain_jnp_would_compress(products, monkeypatch):
+    recipe = recipes.sr_ste("2:4")
+    assert sparse_products.may_run_on_tensor_core(recipe)
+    monkeypatch.setattr(implementations, "choose", lambda *_: "reference")
+    assert not sparse_products.may_run_on_tensor_core(recipe)
 
 
 def test_what_is_slower_is_dense(rng, products, monkeypatch):

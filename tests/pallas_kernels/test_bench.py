@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compress, devices, dispatch, measurements, reference
+from pallas_kernels import (
+    compress,
+    devices,
+    dispatch,
+    implementations,
+    measurements,
+    reference,
+)
 from pallas_kernels.bench import __main__ as bench_main
 from pallas_kernels.bench import (
     contenders,
@@ -182,6 +189,44 @@ def test_a_wrong_rival_is_a_note(monkeypatch):
     assert len(row.rivals_ratio["cuSPARSELt"]) == 3
 
 
+@pytest.fixture
+def compression(monkeypatch):
+    """Compression by plain jnp; the (axis, shape) of what it was asked for."""
+    compressed = []
+
+    def compress_magnitude(a, **options):
+        compressed.append((options["axis"], a.shape))
+        return compress_here(a, **options)
+
+    compress_here = contenders.compress_magnitude
+    monkeypatch.setattr(implementations, "available", lambda part: "reference")
+    monkeypatch.setattr(contenders, "compress_magnitude", compress_magnitude)
+    return compressed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.name)
+def test_a_layer_compresses_what_the_dense_product_takes(use, compression):
+    product = Product("", use, *use.sizes(48, 64, 32), tokens=48)
+    entrants = Race(product, "bfloat16", sets=2)
+    entrants.compressing("reference")  # judged within
+    entrants.compressing("reference", other_layout=True)
+    layouts = [(-2, (product.k, product.m)), (-1, (product.m, product.k))]
+    own, other = layouts if use.a_is_km else layouts[::-1]
+    assert compression == [own, own, other, other]
+
+
+def test_a_row_has_the_ratio_with_compression(compression, monkeypatch):
+    options = {"rounds": 1, "seconds": 0, "sets": 2}
+    row = contenders.measure(SMALL, "reference", "bfloat16", **options)
+    assert len(compression) == 2 and min(row.compressing) > 0
+    assert f"| {row.compressing[1]:.2f}x |" in report.product_table([row], None)
+    lossy = lambda a, **options: compress(a, jnp.zeros(a.shape, bool), axis=-2)  # noqa: E731
+    monkeypatch.setattr(contenders, "compress_magnitude", lossy)
+    row = contenders.measure(SMALL, "reference", "bfloat16", **options)
+    assert row.status.startswith("WRONG: reference compressing (k, m) is off by")
+
+
 def test_what_launches_may_set_the_time_of_is_marked(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     options = {"rounds": 1, "seconds": 0, "sets": 2}
@@ -250,16 +295,17 @@ def test_tolerance_is_the_one_of_the_tests(gemm_atol):
 def test_tables_by_hand():
     # 2 · 32 · 48 · 64 FLOP in 2 µs; 2,048 + 256 + 6,144 + 3,072 bytes.
     row = Row(SMALL, "bfloat16", "sm90", "ok", 4.0, 2.0, (1.9, 2.0, 2.1))
+    layer = dataclasses.replace(row, compressing=(1.5, 1.6, 1.7))
     assert row.tflops == pytest.approx(2 * 32 * 48 * 64 / 2e6)
     rival = dataclasses.replace(
         row, rivals_us={"cuSPARSELt": 3.0}, rivals_ratio={"cuSPARSELt": (1, 1.5, 2)}
     )
     wrong = dataclasses.replace(row, status="WRONG: off by 3")
     sheet = dataclasses.replace(DATA_SHEETS["h200"], tflops=1, gb_per_s=10)
-    lines = report.product_table([row, rival, wrong], sheet).splitlines()
+    lines = report.product_table([layer, rival, wrong], sheet).splitlines()
     shared = "| vit_x fc1 | fprop W24 | 32 | 48 | 64 | 4.0 | 2.0 | 0.0983 | 10% | 58% "
-    assert lines[2] == shared + "| 2.00x | 1.90–2.10 |  |  |"
-    assert lines[3] == shared + "| 2.00x | 1.90–2.10 | 3.0 | 1.50x |"
+    assert lines[2] == shared + "| 2.00x | 1.90–2.10 | 1.60x |  |  |"
+    assert lines[3] == shared + "| 2.00x | 1.90–2.10 |  | 3.0 | 1.50x |"
     assert "WRONG: off by 3" in lines[4] and "2.00x" not in lines[4]
     assert len({line.count("|") for line in lines}) == 1
     passed = CompressionRow("W", (4, 4), "float32", "ok", 82, 1.0, 2.0, (2, 2, 2))
@@ -490,6 +536,16 @@ def tunable(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+def test_tuning_times_the_compression_of_both_layouts(tunable, compression, capsys):
+    options = ["--rounds", "2", "--milliseconds", "1"]
+    assert main(["--tune", "--shape", "32,48,64", *options]) == 1  # a Config is wrong
+    assert {*compression} == {(-2, (64, 32)), (-1, (32, 64))}
+    (entry,) = measurements.load(H200.name).entries
+    low, median, high = entry.compressing
+    assert f"with compression {median:.2f}x" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_tuning_writes_what_dispatch_reads(tunable, capsys):
     shape = ["--shape", "32,48,64", "--rounds", "2", "--milliseconds", "1"]
     assert main(["--tune", *shape]) == 1  # some Config was wrong, and none hides it
@@ -501,6 +557,7 @@ def test_tuning_writes_what_dispatch_reads(tunable, capsys):
     assert (entry.m, entry.n, entry.k, entry.architecture) == (32, 48, 64, "sm90")
     assert entry.config in tuning.search_space()[:2]
     assert measured.machine["jax"] == jax.__version__
+    assert entry.compressing is None  # no kernel of compression runs here
     # Decompressing costs time, so on this machine the "kernel" loses, and says so.
     assert "the dense product's speed" in out and "for m, n, k = 32, 48, 64" in out
     # A second run keeps what it does not measure again.

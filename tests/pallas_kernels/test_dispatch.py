@@ -42,6 +42,7 @@ def entry(n, ratio, m=4096, k=4096, **others):
         "dense_us": 100.0,
         "sparse_us": 100.0 / ratio,
         "ratio": (low, median, high),
+        "compressing": None,
         "config": CONFIG,
     }
     return Measurement(m=m, n=n, k=k, **(fields | others))
@@ -87,6 +88,38 @@ def test_the_crossover_in_tokens_is_where_it_was_measured(tuned):
     assert judge(n=9000).config == CONFIG
     assert "no measurement near m, n, k = 4096, 200, 4096" in judge(n=200).reason
     assert "0.70x the dense product's speed (0.69 to 0.71)" in judge(n=512).reason
+
+
+def test_a_layer_counts_its_compression(tuned):
+    """Where A is compressed at every call, a faster product can be a slower layer."""
+
+    def in_layer(n):
+        form, device = Form(), H200
+        return dispatch.judge(
+            4096, n, 4096, dtype="bfloat16", form=form, device=device, compressing=True
+        )
+
+    tuned(
+        entry(512, 1.3),
+        entry(2048, 1.4, compressing=(0.9, 0.95, 1.0)),
+        entry(8192, 1.5, compressing=(1.2, 1.25, 1.3)),
+    )
+    assert [judge(n=n).name for n in (512, 2048, 8192)] == ["sm90"] * 3
+    unknown, slower, faster = (in_layer(n) for n in (512, 3000, 8192))
+    assert (unknown.name, slower.name, faster.name) == (
+        "reference",
+        "reference",
+        "sm90",
+    )
+    assert "no kernel compressed near m, n, k = 4096, 512, 4096" in unknown.reason
+    assert (
+        "0.95x the dense product's speed (0.90 to 1.00, compressing)" in slower.reason
+    )
+    assert "at 1.25x" in faster.reason
+    asked = {"device": "NVIDIA H200"}
+    assert "sm90; " in dispatch.explain(4096, 2048, 4096, **asked)
+    said = dispatch.explain(4096, 2048, 4096, **asked, compressing=True)
+    assert "reference; " in said and "compressing" in said
 
 
 def test_a_kernel_has_to_be_faster_beyond_the_spread(tuned):
@@ -188,9 +221,10 @@ def test_data_sheets_are_found_by_either_name():
 
 
 def test_measurements_survive_a_file(tuned):
-    path = tuned(entry(4096, 1.5), entry(512, 0.7))
+    entries = entry(4096, 1.5, compressing=(1.1, 1.2, 1.3)), entry(512, 0.7)
+    path = tuned(*entries)
     assert path.name == "NVIDIA_H200.json"
-    assert measurements.load(H200.name).entries == (entry(4096, 1.5), entry(512, 0.7))
+    assert measurements.load(H200.name).entries == entries
     assert measurements.load("NVIDIA B200") is None
 
 
@@ -203,10 +237,11 @@ def test_a_new_measurement_replaces_the_old_one_of_its_product():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda r: r.update(format=0), "has format 0, this version reads 1"),
+        (lambda r: r.update(format=0), "has format 0, this version reads 2"),
         (lambda r: r.update(device="other"), "is of 'other', expected 'NVIDIA H200'"),
         (lambda r: r.pop("machine"), "lacks \\['machine'\\]"),
         (lambda r: r["entries"][0].update(ratio=[2, 1, 3]), "entry 0: .*in order"),
+        (lambda r: r["entries"][0].update(compressing=[0, 1, 3]), "entry 0: .*0, 1, 3"),
         (lambda r: r["entries"][0].update(sparse_us=0), "entry 0: times"),
         (lambda r: r["entries"][0].update(architecture="sm75"), "entry 0: 'sm75'"),
         (lambda r: r["entries"][0].update(n=0), "entry 0: m, n, k = 4096, 0, 4096"),
