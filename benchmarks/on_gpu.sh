@@ -66,13 +66,14 @@ values() {
 
 speed() {
   ask goals 75 "${bench[@]}" --quick "${goals[@]}" --output-dir "$out/goals"
-  ask bench 135 "${bench[@]}" --quick --suite vit_l uses compression \
+  ask bench 120 "${bench[@]}" --quick --suite vit_l uses compression \
     --output-dir "$out/bench"
 }
 
 tuning() {
   ask tune_goals 60 "${bench[@]}" --tune --quick "${goals[@]}" --output-dir "$out"
-  ask tune 90 "${bench[@]}" --tune --quick --suite squares vit_l --tokens 32768 \
+  ask step 55 python3 benchmarks/sparse_step.py --tuned "$out"
+  ask tune 80 "${bench[@]}" --tune --quick --suite squares vit_l --tokens 32768 \
     --output-dir "$out"
 }
 

@@ -33,7 +33,8 @@ def write(name, title, rows):
     """Prints a Markdown table of the rows and writes it, with the details as JSON.
 
     Args:
-      name: Of the files: `results/NAME-pythonVERSION-jaxVERSION.md` and `.json`.
+      name: Of the files: `results/NAME-pythonVERSION-jaxVERSION.md` and `.json`; where
+        jax has another device than the CPU, that is in the name too.
       title: What the table shows.
       rows: Dictionaries with the same keys.
     """
@@ -45,7 +46,10 @@ def write(name, title, rows):
     print(text)
     RESULTS.mkdir(exist_ok=True)
     python = ".".join(platform.python_version_tuple()[:2])
-    path = RESULTS / f"{name}-python{python}-jax{jax.__version__}"
+    stem = f"{name}-python{python}-jax{jax.__version__}"
+    if jax.default_backend() != "cpu":
+        stem += "-" + environment["device"].replace(" ", "_")
+    path = RESULTS / stem
     pathlib.Path(f"{path}.md").write_text(text)
     record = {"machine": environment, "rows": rows}
     pathlib.Path(f"{path}.json").write_text(json.dumps(record, indent=1) + "\n")

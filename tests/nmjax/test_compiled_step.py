@@ -85,3 +85,46 @@ def test_every_device_multiplies_its_own_tokens(monkeypatch):
     assert "all-reduce" in hlo
     assert not re.search("all-gather|all-to-all|collective-permute", hlo)
     assert not re.search(r"= bf16\S+ transpose\(", hlo), "operands lie as needed"
+
+
+@pytest.mark.parametrize(
+    "name, sparse",
+    [
+        ("sr_ste", 1),
+        ("transposable", 2),
+        ("semi_sparse_weight", 2),
+        ("semi_sparse_activation", 2),
+    ],
+)
+def test_every_sparse_gemm_of_a_recipe_is_in_the_program(monkeypatch, name, sparse):
+    (device,) = ahead_of_time.devices(H200, 1)
+    for module in (sparse_products, dispatch):
+        monkeypatch.setattr(module, "judge", lambda *_, **__: Choice("sm90"))
+    monkeypatch.setattr(sparse_products, "is_measured", lambda: True)
+    monkeypatch.setattr(implementations, "PROVEN_ON", {H200.name})
+    pattern = () if name.startswith("semi") else ("2:4",)
+    rules = [nmjax.Rule(".*", getattr(recipes, name)(*pattern))]
+    layer = nn.Dense(WIDTH, dtype=jnp.bfloat16)
+    model = nmjax.sparsify(layer, rules)
+
+    def step(params, state, x):
+        def loss(params, x):
+            y = model.apply({"params": params, "nm": state}, x)
+            return (y.astype(jnp.float32) ** 2).sum()  # y has to be there
+
+        return jax.grad(loss, (0, 1))(params, x)
+
+    mesh = Mesh(np.array([device]), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.bfloat16)
+    params = jax.eval_shape(layer.init, jax.eval_shape(jax.random.key, 0), x)["params"]
+    plan = nmjax.plan(layer, rules, x)
+    state = jax.eval_shape(lambda params: nmjax.init_state(params, plan), params)
+
+    partitioned.cache_clear()
+    arguments = on(mesh, params), on(mesh, state), on(mesh, x)
+    hlo = ahead_of_time.program(mesh, step, *arguments)
+    partitioned.cache_clear()
+
+    calls = [line for line in hlo.splitlines() if "custom-call(" in line]
+    assert sum("nm_matmul" in call for call in calls) == sparse
+    assert sum("nm_compress" in call for call in calls) == sparse

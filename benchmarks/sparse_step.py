@@ -1,0 +1,118 @@
+"""Times a pass through ViT-L's MLP, forward and backward, sparse against dense.
+
+    python benchmarks/sparse_step.py --tuned DIR
+
+All that training pays for is in the time: masks chosen or read, operands compressed,
+the three GEMMs of both layers, those that stay dense as well. DIR holds what `python -m
+pallas_kernels.bench --tune --output-dir DIR` measured on this device; by default it is
+the package's own folder. The kernels of compression count as proven here, so that a
+device can be judged before it is added to `implementations.PROVEN_ON`. Without a GPU
+that was measured, no GEMM is sparse, and the table says so.
+"""
+
+import argparse
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from report import write
+
+import nmjax
+from nmjax import recipes
+from pallas_kernels import implementations, measurements
+from pallas_kernels.bench.timing import Contender, quartiles, race
+from pallas_kernels.devices import this_device
+
+RECIPES = {
+    "sr_ste": recipes.sr_ste("2:4"),
+    "transposable": recipes.transposable("2:4"),
+    "semi_sparse_weight": recipes.semi_sparse_weight(),
+    "semi_sparse_activation": recipes.semi_sparse_activation(),
+    "two_by_four": recipes.two_by_four(),
+}
+
+
+class Mlp(nn.Module):
+    """Two layers; parameters are float32, products bfloat16."""
+
+    features: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps `(tokens, features[0])` to the same shape."""
+        inner, hidden = self.features
+        x = nn.Dense(hidden, dtype=jnp.bfloat16)(x)
+        return nn.Dense(inner, dtype=jnp.bfloat16)(nn.gelu(x))
+
+
+def main():
+    """Races all recipes and the dense model, and writes the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tuned", type=pathlib.Path, default=measurements.TUNED)
+    parser.add_argument("--tokens", type=int, default=44160)
+    parser.add_argument("--features", type=int, nargs=2, default=(1024, 4096))
+    parser.add_argument("--rounds", type=int, default=21)
+    options = parser.parse_args()
+    measurements.TUNED = options.tuned
+    device = this_device()
+    if device is None or measurements.load(device.name) is None:
+        print(f"nothing was measured of {jax.devices()[0].device_kind}: all is dense")
+    else:
+        implementations.PROVEN_ON |= {device.name}
+
+    model = Mlp(tuple(options.features))
+    x = jax.random.normal(
+        jax.random.key(0), (options.tokens, options.features[0]), jnp.bfloat16
+    )
+    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
+    steps = {"dense": compiled(model, {}, params, x)}
+    for name, recipe in RECIPES.items():
+        rules = [nmjax.Rule(".*", recipe)]
+        state = nmjax.init_state(params, nmjax.plan(model, rules, x))
+        steps[name] = compiled(nmjax.sparsify(model, rules), state, params, x)
+
+    contenders = [
+        Contender(name, lambda step=step: step(params, x))
+        for name, (step, _) in steps.items()
+    ]
+    for contender in contenders:
+        contender.wait(contender.run())
+    times = race(contenders, rounds=options.rounds, seconds=0.05)
+    rows = []
+    for name, (_, sparse) in steps.items():
+        low, median, high = quartiles(times["dense"] / times[name])
+        rows.append(
+            {
+                "recipe": name,
+                "sparse GEMMs of 6": sparse,
+                "ms": round(1e3 * float(np.median(times[name])), 3),
+                "speed over dense": round(median, 3),
+                "quartiles": [round(low, 3), round(high, 3)],
+            }
+        )
+    title = (
+        f"Forward and backward pass of an MLP {'-'.join(map(str, options.features))}, "
+        f"{options.tokens} tokens, bfloat16"
+    )
+    write("sparse_step", title, rows)
+
+
+def compiled(model, state, params, x):
+    """The gradients by parameters and x as an executable; how many GEMMs are sparse."""
+
+    def loss(params, x):
+        variables = {"params": params, "nm": state} if state else {"params": params}
+        y = model.apply(variables, x, rngs={"nm": jax.random.key(2)})
+        return jnp.mean(y.astype(jnp.float32) ** 2)
+
+    step = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile()
+    calls = [line for line in step.as_text().splitlines() if "custom-call(" in line]
+    return step, sum("nm_matmul" in call for call in calls)
+
+
+if __name__ == "__main__":
+    main()
