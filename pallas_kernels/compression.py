@@ -17,8 +17,8 @@ values of 16 bits,
     compress_transposable                 4.25           6.25  bytes
     a copy, to compare with               4              8     bytes
 
-On several devices they are called inside `jax.shard_map`, with each one's part: where
-XLA cuts a program itself it gathers the matrix, and every device compresses all of it.
+On several devices each compresses its own part of the matrix, between whole metadata
+words, and nothing is exchanged (`partitioning.py`).
 
 How each of them reads and writes is in `compression_mosaic.py` and in `triton/`. None
 of them has run on a GPU yet.
@@ -31,10 +31,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from pallas_kernels import reference
 from pallas_kernels.format import NMCompressed, decompress
 from pallas_kernels.implementations import Implementation, choose, module
+from pallas_kernels.partitioning import axis_types, partitioned_compression
 
 _READABLE = ("float32", "bfloat16", "float16")
 _WRITABLE = ("bfloat16", "float16")
@@ -53,8 +55,13 @@ def compress_magnitude(
     ties with 0.0, subnormal numbers differ, infinities are largest, NaN is smallest.
 
     The gradient of the values reaches the kept entries of `w`. `jax.vmap` runs a kernel
-    once for each matrix. Inside `jax.shard_map`, parts that are to be joined must hold
-    whole metadata words: 16 rows, and 64 of k, or multiples.
+    once for each matrix.
+
+    On several devices each compresses its part of `w` where parts hold whole metadata
+    words, multiples of 16 rows and of 64 along k; an axis that is cut otherwise is
+    gathered. Inside `jax.shard_map`, parts that are to be joined must hold whole words.
+    With Explicit axes, or Manual and Auto ones, XLA cannot cut a kernel: it belongs
+    inside `jax.shard_map`.
 
     Args:
       w: One matrix, `(k, rows)` or with `axis=-1` `(rows, k)`; float32, bfloat16 or
@@ -95,7 +102,8 @@ def compress_transposable(
     In every 4x4 tile the mask keeps two entries in each row and column, with the
     largest sum of magnitudes, as float32 sums them; `tile_selection.transposable_2to4`
     chooses it, and says what counts at the ends of the range.
-    The gradient of both reaches the kept entries of `w`.
+    The gradient of both reaches the kept entries of `w`. On several devices parts are
+    as for `compress_magnitude`, here multiples of 64 along both axes.
 
     Args:
       w: `(k, n)`, as for `compress_magnitude`; 4 divides both.
@@ -144,19 +152,31 @@ def _checked(w: jax.Array, dtype: Any, axes: tuple[int, ...]) -> tuple[jax.Array
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _compress(w, name, dtype, axis, at_most) -> list[NMCompressed]:
     """The compressed forms of `w`, each of its shape: with axis=None W and (Wᵀ)ᵀ."""
-    name = name if w.size else "reference"
-    if axis is not None:
-        if name == "reference":
-            compressed = reference.compress_2to4(w if axis == -1 else w.T, dtype)
-            return [dataclasses.replace(compressed, axis=axis)]
-        kernel = module(name, "compression").compress_magnitude
-        return [_one_by_one(functools.partial(kernel, axis=axis, dtype=dtype))(w)]
-    if name == "reference":
+    if name == "reference" or not w.size:
+        return _by_reference(w, dtype, axis, at_most)
+    kernel = functools.partial(_by_kernel, name, dtype, axis, at_most)
+    if axis_types(w) <= {AxisType.Auto}:
+        axes = (-2, -1) if axis is None else (axis,)
+        kernel = functools.partial(partitioned_compression, kernel, axes=axes)
+    return _one_by_one(kernel)(w)
+
+
+def _by_reference(w, dtype, axis, at_most) -> list[NMCompressed]:
+    """`_compress` in plain jnp, which XLA cuts itself."""
+    if axis is None:
         both = reference.compress_transposable(w, dtype, at_most=at_most)
-    else:
-        kernel = module(name, "compression").compress_transposable
-        both = _one_by_one(functools.partial(kernel, dtype=dtype, at_most=at_most))(w)
-    return [both[0], both[1].T]
+        return [both[0], both[1].T]
+    compressed = reference.compress_2to4(w if axis == -1 else w.T, dtype)
+    return [dataclasses.replace(compressed, axis=axis)]
+
+
+def _by_kernel(name, dtype, axis, at_most, w) -> list[NMCompressed]:
+    """`_compress` by a kernel."""
+    kernels = module(name, "compression")
+    if axis is None:
+        both = kernels.compress_transposable(w, dtype=dtype, at_most=at_most)
+        return [both[0], both[1].T]
+    return [kernels.compress_magnitude(w, axis=axis, dtype=dtype)]
 
 
 _jitted = jax.jit(_compress, static_argnums=(1, 2, 3, 4))

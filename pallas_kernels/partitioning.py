@@ -1,8 +1,8 @@
-"""Matrix products by a kernel, cut over devices as XLA cuts its own.
+"""Kernels that XLA cuts over devices as it cuts its own operations.
 
 To XLA's partitioner a kernel is a sealed box: on several devices it gathers the
-operands and has every device make the whole product. Here it is told what the box
-computes,
+operands and has every device compute the whole result. Here it is told what the box
+computes. Of a matrix product,
 
     D[i, j] = sum_k L[i, k] R[k, j]
 
@@ -10,10 +10,13 @@ so each device makes the part of D that it holds, from the parts that it needs o
 R: tokens that lie on several devices stay there, as do features. Where both lie on the
 same ones, XLA keeps those of the larger operand and gathers the other. Where k lies on
 several devices their products are summed.
+
+A matrix is compressed where it lies: each device compresses its own part.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +32,7 @@ from pallas_kernels.reference import Form, epilogue
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Gemm = Callable[[NMCompressed, jax.Array, jax.Array | None, Form], jax.Array]
+Compress = Callable[[jax.Array], list[NMCompressed]]
 
 _Axes = tuple[str, ...]  # of the mesh, that cut one axis of a matrix
 
@@ -157,6 +161,74 @@ def _parts_of_gemm(gemm, form: Form, mesh, operands, result):
     )
 
 
+def partitioned_compression(
+    compress: Compress, w: jax.Array, axes: tuple[int, ...]
+) -> list[NMCompressed]:
+    """`compress(w)`, which the partitioner can cut.
+
+    It cuts the matrix between the metadata words of all its forms: every 64 entries
+    along an axis of groups, every 16 along another. What cuts a word is gathered.
+
+    Args:
+      compress: Of each device's part, makes compressed forms of the part's shape.
+      w: The matrix.
+      axes: The group axis of each form, -2 or -1.
+    """
+    units = {axis: _WORD[axis in axes] for axis in (-2, -1)}
+    rule, sizes = _rule_of_compression(w, axes, units)
+    cut = custom_partitioning(compress)
+    cut.def_partition(
+        functools.partial(_parts_of_compression, compress, units),
+        sharding_rule=rule,
+        **sizes,
+    )
+    return cut(w)
+
+
+def _rule_of_compression(w, axes, units):
+    """How axes of the matrix and its forms are cut alike, and the sizes of factors.
+
+    An axis of each array is `i` or `j` words of so many entries. Where it is no whole
+    number of words, or one, it is cut like no other.
+    """
+    sizes = {}
+    names = (f"x{n}" for n in itertools.count())
+
+    def along(axis, share):  # in an array with one of `share` entries of the matrix
+        words, rest = divmod(w.shape[axis], units[axis])
+        entries = next(names)
+        if rest or words < 2:
+            return entries
+        word = "j" if axis == -1 else "i"
+        sizes.update({word: words, entries: units[axis] // share})
+        return f"({word} {entries})"
+
+    arrays = [f"{along(-2, 1)} {along(-1, 1)}"]
+    for axis in axes:
+        rows = -3 - axis
+        arrays.append(f"{along(rows, 1)} {along(axis, 2)}")  # values
+        arrays.append(f"{along(rows, 2)} {along(axis, 16)}")  # metadata
+    matrix, *forms = arrays
+    return f"{matrix} -> {', '.join(forms)}", sizes
+
+
+def _parts_of_compression(compress: Compress, units, mesh, operands, forms):
+    """What each device makes, and which part of the matrix and its forms it holds."""
+    (w,) = operands
+    w_i, w_j = _mesh_axes(w)
+    form_i, form_j = _mesh_axes(forms[0].values, forms[0].axis == -2)
+    i = w_i or _without(form_i, w_j)
+    j = w_j or _without(form_j, i)
+    i = _whole(i, w.shape[-2], units[-2], mesh)
+    j = _whole(j, w.shape[-1], units[-1], mesh)
+
+    def sharding(form):
+        where = _sharding(mesh, i, j, transposed=form.axis == -2)
+        return jax.tree.map(lambda _: where, form)
+
+    return mesh, compress, [sharding(form) for form in forms], (_sharding(mesh, i, j),)
+
+
 def axis_types(*operands: jax.Array) -> set[AxisType]:
     """Of the meshes that arrays lie on, as far as is known while they are traced."""
     meshes = [jax.typeof(operand).sharding.mesh for operand in operands]
@@ -179,8 +251,10 @@ def _without(axes: _Axes, taken: _Axes) -> _Axes:
 
 
 def _whole(axes: _Axes, size: int, unit: int, mesh: Any) -> _Axes:
-    """Mesh axes over which `size` is cut into whole units, or no axes."""
-    return () if size % (unit * math.prod(mesh.shape[axis] for axis in axes)) else axes
+    """The mesh axes, from the first, over which `size` is cut into whole units."""
+    while axes and size % (unit * math.prod(mesh.shape[axis] for axis in axes)):
+        axes = axes[:-1]
+    return axes
 
 
 def _sharding(mesh: Any, *axes: _Axes, transposed: bool = False) -> NamedSharding:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import nmjax
 from pallas_kernels import (
@@ -17,6 +19,7 @@ from pallas_kernels import (
     compression_mosaic,
     decompress,
     implementations,
+    nm_matmul,
     ptx,
     reference,
 )
@@ -148,6 +151,113 @@ def test_a_kernel_is_mapped_over_one_matrix_after_another(rng, monkeypatch):
     stacked = jax.vmap(run)(w)
     for actual, matrix in zip(unstacked(stacked), w, strict=True):
         assert_same(actual, expected_of(matrix, -1, jnp.bfloat16))
+
+
+@dataclasses.dataclass
+class Kernels:
+    """The reference in place of Mosaic's; notes the shape of each part."""
+
+    parts: list = dataclasses.field(default_factory=list)
+
+    def compress_magnitude(self, w, *, axis, dtype):
+        self.parts.append(w.shape)
+        form = reference.compress_2to4(w if axis == -1 else w.T, dtype)
+        return dataclasses.replace(form, axis=axis)
+
+    def compress_transposable(self, w, *, dtype, at_most):
+        self.parts.append(w.shape)
+        return reference.compress_transposable(w, dtype, at_most=at_most)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    kernels = Kernels()
+    monkeypatch.setattr(compression_mosaic, "unavailable", lambda: None)
+    for name in ("compress_magnitude", "compress_transposable"):
+        monkeypatch.setattr(compression_mosaic, name, getattr(kernels, name))
+    jax.clear_caches()  # of what other kernels in their place were traced for
+    return kernels
+
+
+def on_four_devices(x, *spec, axis_type=AxisType.Auto):
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+    return jax.device_put(jnp.asarray(x), NamedSharding(mesh, P(*spec)))
+
+
+def magnitude(w):
+    return [compress_magnitude(w, implementation="mosaic")]
+
+
+def transposable(w):
+    return compress_transposable(w, implementation="mosaic")
+
+
+def energy(forms):
+    return sum(jnp.square(c.values.astype(jnp.float32)).sum() for c in forms)
+
+
+@pytest.mark.parametrize(
+    "compress", [magnitude, pytest.param(transposable, marks=pytest.mark.slow)]
+)
+def test_each_device_compresses_its_part(compress, kernels, rng):
+    """Of one matrix, of each of a stack, and with the gradient."""
+    w = rng.standard_normal((3, 128, 256)).astype(np.float32)
+    stacked = jax.jit(jax.vmap(compress))(on_four_devices(w, None, "a", "b"))
+    assert kernels.parts[-1] == (64, 128)
+    for i, matrix in enumerate(w):
+        forms = compress(on_four_devices(matrix, "a", "b"))
+        for form, same, one in zip(forms, compress(matrix), stacked, strict=True):
+            assert_same(form, same)
+            assert_same(list(unstacked(one))[i], same)
+
+    def gradient(w):
+        return jax.grad(lambda w: energy(compress(w)))(w)
+
+    kernels.parts.clear()
+    sharded = jax.jit(gradient)(on_four_devices(w[0], "b", "a"))
+    assert kernels.parts[-1] == (64, 128)
+    np.testing.assert_array_equal(sharded, gradient(w[0]))
+
+
+def test_a_product_takes_what_each_device_compressed(kernels, rng):
+    x = rng.integers(-3, 4, (8, 128)).astype(jnp.bfloat16)
+    w = rng.integers(-3, 4, (128, 64)).astype(jnp.bfloat16)
+
+    @jax.jit
+    def layer(x, w):
+        return nm_matmul(x, compress_magnitude(w, implementation="mosaic"))
+
+    out = layer(on_four_devices(x, "a", None), on_four_devices(w, "a", "b"))
+    assert kernels.parts[-1] == (64, 32)
+    np.testing.assert_array_equal(out, layer(jnp.asarray(x), jnp.asarray(w)))
+
+
+@pytest.mark.parametrize("compress", [magnitude, transposable])
+def test_inside_shard_map_a_kernel_gets_the_part(compress, kernels, rng):
+    w = on_four_devices(rng.standard_normal((128, 192)).astype(np.float32), "a")
+    forms = jax.eval_shape(compress, w)
+    specs = [
+        jax.tree.map(lambda _, spec=spec: spec, form)
+        for form, spec in zip(forms, (P(None, "a"), P("a")), strict=False)
+    ]
+    manual = jax.shard_map(
+        lambda w: list(compress(w)),
+        mesh=w.sharding.mesh,
+        in_specs=P("a"),
+        out_specs=specs,
+    )
+    assert "custom_partitioning" not in str(jax.make_jaxpr(manual)(w))
+    for form, same in zip(jax.jit(manual)(w), compress(np.asarray(w)), strict=True):
+        assert_same(form, same)
+    assert (64, 192) in kernels.parts
+
+
+def test_with_explicit_axes_a_kernel_gets_the_matrix(kernels, rng):
+    w = rng.standard_normal((128, 64)).astype(np.float32)
+    explicit = on_four_devices(w, "a", axis_type=AxisType.Explicit)
+    (form,) = jax.jit(magnitude)(explicit)
+    assert set(kernels.parts) == {(128, 64)}
+    assert_same(form, magnitude(w)[0])
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)])

@@ -1,7 +1,8 @@
-"""Products of our own kernels on several devices: each makes its part."""
+"""Our own kernels on several devices: each makes its part."""
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -14,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import (
     NMCompressed,
     compress_magnitude,
+    compress_transposable,
+    compression_mosaic,
     dispatch,
     nm_matmul,
     ptx,
@@ -21,10 +24,15 @@ from pallas_kernels import (
 )
 from pallas_kernels.devices import this_device
 from pallas_kernels.format import decompress
-from pallas_kernels.partitioning import partitioned, partitioned_gemm
+from pallas_kernels.partitioning import (
+    partitioned,
+    partitioned_compression,
+    partitioned_gemm,
+)
 from pallas_kernels.reference import Form
 from tests.pallas_kernels import ahead_of_time
 from tests.pallas_kernels.ahead_of_time import H200, on
+from tests.pallas_kernels.element_wise import assert_same
 from tests.pallas_kernels.gemm_suite import FORMS
 
 M, K, N = 24, 64, 16
@@ -104,12 +112,19 @@ def test_each_device_makes_its_part(
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, P(*out_axes)), 2)
 
 
-@pytest.mark.parametrize("k, part", [(24, (6, 12, 10)), (20, (6, 20, 10))])
-def test_no_device_holds_a_part_of_a_group(mesh, rng, k, part):
+@pytest.mark.parametrize(
+    "k, axes, part",
+    [
+        (24, "a", (6, 12, 10)),
+        (20, "a", (6, 20, 10)),
+        (24, ("a", "b"), (6, 12, 10)),
+    ],
+)
+def test_no_device_holds_a_part_of_a_group(mesh, rng, k, axes, part):
     lhs, rhs = rng.integers(-3, 4, (6, k)), rng.integers(-3, 4, (k, 10))
     product = Product()
     out = jax.jit(partitioned(product, False, False))(
-        put(lhs, mesh, (None, "a"), False), put(rhs, mesh, ("a", None), False)
+        put(lhs, mesh, (None, axes), False), put(rhs, mesh, (axes, None), False)
     )
     np.testing.assert_array_equal(out, lhs @ rhs)
     assert product.parts[-1] == part
@@ -150,6 +165,15 @@ def test_within_transforms(mesh, operands):
     )
     np.testing.assert_array_equal(jax.jit(manual)(lhs, rhs), lhs @ rhs)
     assert product.parts[-1] == (HALF_M, K, HALF_N)
+
+
+def for_two_gpus(test):
+    """What XLA compiles for them, without a GPU here."""
+    missing = ahead_of_time.missing()
+    test = pytest.mark.skipif(missing is not None, reason=str(missing))(test)
+    older = ptx.JAX_VERSION < ptx.AMPERE_SINCE
+    test = pytest.mark.skipif(older, reason="the Hopper kernel in XLA needs it")(test)
+    return pytest.mark.slow(test)
 
 
 ROWS, COLUMNS, TOKENS = 64, 256, 24  # of A, and the other axis of B
@@ -260,13 +284,122 @@ def test_no_device_holds_a_part_of_a_word(mesh, rng, rows, columns):
     assert gemm.parts[-1] == (m, 6, k)
 
 
+class Compress:
+    """The reference; notes the shape of each part. Equal to no other."""
+
+    def __init__(self, *axes):
+        self.axes, self.parts = axes, []
+
+    def __call__(self, w):
+        self.parts.append(w.shape)
+        if len(self.axes) == 2:
+            form, transposed = reference.compress_transposable(
+                w, jnp.bfloat16, at_most=False
+            )
+            return [form, transposed.T]
+        if self.axes == (-1,):
+            return [reference.compress_2to4(w, jnp.bfloat16)]
+        return [reference.compress_2to4(w.T, jnp.bfloat16).T]
+
+
+ROWS_FIRST, COLUMNS_FIRST, BOTH = (-1,), (-2,), (-2, -1)
+
+
+def compressed_on_mesh(rng, mesh, axes, shape, spec, wanted=None):
+    """Compresses a matrix on a mesh, whose axes cut it and the values of its form.
+
+    Returns:
+      What each device was asked for, and the forms, which one device makes too.
+    """
+    w = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    compress = Compress(*axes)
+
+    @jax.jit
+    def function(w):
+        form, *others = partitioned_compression(compress, w, axes)
+        if wanted is not None:
+            where = NamedSharding(mesh, P(*wanted))
+            values = jax.lax.with_sharding_constraint(form.values, where)
+            form = dataclasses.replace(form, values=values)
+        return [form, *others]
+
+    forms = function(jax.device_put(w, NamedSharding(mesh, P(*spec))))
+    for form, same in zip(forms, Compress(*axes)(w), strict=True):
+        assert_same(form, same)
+    return compress.parts[-1], forms
+
+
+@pytest.mark.parametrize(
+    "axes, shape, spec, part",
+    [
+        (ROWS_FIRST, (32, 256), (None, None), (32, 256)),
+        (ROWS_FIRST, (32, 256), ("a", None), (16, 256)),
+        (ROWS_FIRST, (32, 256), (None, "a"), (32, 128)),
+        (ROWS_FIRST, (32, 256), (None, ("a", "b")), (32, 64)),
+        (COLUMNS_FIRST, (128, 64), ("a", None), (64, 64)),
+        (COLUMNS_FIRST, (128, 64), ("a", "b"), (64, 32)),
+        (COLUMNS_FIRST, (64, 64), (None, ("a", "b")), (64, 16)),
+        (COLUMNS_FIRST, (20, 64), (None, "a"), (20, 32)),
+        (BOTH, (128, 256), ("b", None), (64, 256)),
+        (BOTH, (128, 256), ("a", "b"), (64, 128)),
+        (BOTH, (128, 256), (None, ("b", "a")), (128, 64)),
+    ],
+    ids=str,
+)
+def test_each_device_compresses_its_part(mesh, rng, axes, shape, spec, part):
+    found, forms = compressed_on_mesh(rng, mesh, axes, shape, spec)
+    assert found == part
+    for form, axis in zip(forms, axes, strict=True):
+        where = NamedSharding(mesh, P(*(spec if axis == -1 else spec[::-1])))
+        assert form.values.sharding.is_equivalent_to(where, 2)
+        assert form.metadata.sharding.is_equivalent_to(where, 2)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    ahead_of_time.missing() is not None, reason=str(ahead_of_time.missing())
+@pytest.mark.parametrize(
+    "axes, shape, spec, part",
+    [
+        # No whole words; fewer words than devices; an axis of the mesh too many.
+        (ROWS_FIRST, (40, 192), ("a", "b"), (40, 192)),
+        (ROWS_FIRST, (16, 64), ("a", "b"), (16, 64)),
+        (COLUMNS_FIRST, (192, 48), ("a", None), (192, 48)),
+        (COLUMNS_FIRST, (192, 48), (None, "a"), (192, 48)),
+        (COLUMNS_FIRST, (8, 4), ("a", "b"), (8, 4)),
+        (COLUMNS_FIRST, (128, 40), ("a", "b"), (64, 40)),
+        (ROWS_FIRST, (32, 64), (("a", "b"), None), (16, 64)),
+        (BOTH, (128, 32), ("b", "a"), (64, 32)),
+        (BOTH, (128, 64), (("a", "b"), None), (64, 64)),
+    ],
+    ids=str,
 )
-@pytest.mark.skipif(
-    ptx.JAX_VERSION < ptx.AMPERE_SINCE, reason="the Hopper kernel in XLA needs it"
+def test_no_device_compresses_a_part_of_a_word(mesh, rng, axes, shape, spec, part):
+    """What is gathered is not cut afterwards, for the product to gather it again."""
+    found, forms = compressed_on_mesh(rng, mesh, axes, shape, spec)
+    assert found == part
+    for form, axis in zip(forms, axes, strict=True):
+        own = part if axis == -1 else part[::-1]
+        assert form.values.sharding.shard_shape(form.values.shape) == (
+            own[0],
+            own[1] // 2,
+        )
+
+
+@pytest.mark.parametrize(
+    "spec, wanted, part",
+    [
+        ((None, None), ("a", "b"), (64, 32)),
+        (("a", None), ("b", "a"), (64, 32)),
+        (("a", None), ("a", None), (64, 64)),  # the values move, and they are smaller
+    ],
+    ids=str,
 )
+def test_a_matrix_is_cut_as_its_values_are_wanted(mesh, rng, spec, wanted, part):
+    axes = COLUMNS_FIRST
+    found, _ = compressed_on_mesh(rng, mesh, axes, (128, 64), spec, wanted)
+    assert found == part
+
+
+@for_two_gpus
 def test_two_gpus_multiply_their_own_tokens():
     """As XLA compiles a feed-forward block for them, without a GPU here."""
     devices = ahead_of_time.devices(H200, 2)
@@ -285,6 +418,58 @@ def test_two_gpus_multiply_their_own_tokens():
     products = re.findall(r"= (bf16\[[\d,]+\])\S* custom-call\(.*mosaic_gpu", hlo)
     assert products == ["bf16[128,512]", "bf16[128,256]"]
     assert not re.search("all-|collective-permute", hlo)
+
+
+@for_two_gpus
+@pytest.mark.parametrize("cut", [("data", None), (None, "data")], ids=str)
+def test_two_gpus_compress_their_own_parts(cut, monkeypatch):
+    """And exchange nothing, in the gradient too: only the product sums or gathers."""
+    monkeypatch.setattr(compression_mosaic, "unavailable", lambda: None)
+    devices = ahead_of_time.devices(H200, 2)
+    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+    def magnitude(w):
+        return [compress_magnitude(w, implementation="mosaic")]
+
+    def transposable(w):
+        return compress_transposable(w, implementation="mosaic")
+
+    def update(compress, w):
+        def energy(w):
+            forms = compress(w)
+            squares = [jnp.square(f.values.astype(jnp.float32)).sum() for f in forms]
+            return sum(squares), forms
+
+        gradient, forms = jax.grad(energy, has_aux=True)(w)
+        return w - gradient, forms
+
+    w = on(mesh, jax.ShapeDtypeStruct((512, 256), jnp.float32), *cut)
+    for compress in (magnitude, transposable):
+        hlo = ahead_of_time.program(mesh, functools.partial(update, compress), w)
+        (kernel,) = re.findall(r"= \((.*)\) custom-call\(.*mosaic_gpu", hlo)
+        values = re.findall(r"bf16\[([\d,]+)\]", kernel)
+        kept = {math.prod(map(int, shape.split(","))) for shape in values}
+        assert kept == {512 * 256 // 2 // 2}, "half of a half"
+        assert not re.search("all-|collective-permute", hlo)
+
+
+@for_two_gpus
+def test_two_gpus_gather_what_they_compressed(monkeypatch):
+    """In fully sharded data parallelism: 9 bits an entry in place of 32."""
+    monkeypatch.setattr(compression_mosaic, "unavailable", lambda: None)
+    devices = ahead_of_time.devices(H200, 2)
+    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+    def layer(x, w):
+        w24 = compress_magnitude(w, implementation="mosaic")
+        return nm_matmul(x, w24, implementation="sm90")
+
+    x, w = (jax.ShapeDtypeStruct((256, 256), d) for d in (jnp.bfloat16, jnp.float32))
+    hlo = ahead_of_time.program(mesh, layer, on(mesh, x, "data"), on(mesh, w, "data"))
+    gathered = re.findall(r"= (.*) all-gather(?:-start)?\(", hlo)
+    assert set(re.findall(r"\w+(?=\[)", str(gathered))) == {"bf16", "s32"}
+    products = re.findall(r"= (bf16\[[\d,]+\])\S* custom-call\(.*mosaic_gpu", hlo)
+    assert products == ["bf16[128,256]"]
 
 
 @pytest.mark.gpu
