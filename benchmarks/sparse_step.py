@@ -30,6 +30,9 @@ RECIPES = {
     "transposable": recipes.transposable("2:4"),
     "semi_sparse_weight": recipes.semi_sparse_weight(),
     "semi_sparse_activation": recipes.semi_sparse_activation(),
+    "semi_sparse_activation, exact": recipes.semi_sparse_activation(
+        algorithm="largest_abs_values_exact"
+    ),
     "two_by_four": recipes.two_by_four(),
 }
 

@@ -38,7 +38,7 @@ from nmjax.equation import Equation
 from nmjax.gemms import Conv, Dot, Gemm
 from nmjax.patches import patches_of
 from nmjax.recipe import Recipe
-from nmjax.sparse_products import may_run_on_tensor_core, on_tensor_core
+from nmjax.sparse_products import both_ways, may_run_on_tensor_core, on_tensor_core
 from nmjax.tokens import sampled, sparse_tiles
 
 
@@ -75,15 +75,18 @@ def three_gemms(
 
 def _fprop(gemm, recipe, no_key, x, w, w_dgrad, dgrad_order, key):
     del no_key
+    x24 = None
     if recipe is not None and recipe.fprop == "activation":
-        x = gemm.on_tokens(functools.partial(sparse_tiles, recipe.tile), x)
-    y = on_tensor_core("fprop", gemm, recipe, x, w)
+        x24 = both_ways(gemm, recipe, x, w)
+        if x24 is None:
+            x = gemm.on_tokens(functools.partial(sparse_tiles, recipe.tile), x)
+    y = on_tensor_core("fprop", gemm, recipe, x, w, x24=x24)
     y = gemm(x, w) if y is None else y
-    return y, (x, w, w_dgrad, dgrad_order, key)
+    return y, (x, w, w_dgrad, dgrad_order, key, x24)
 
 
 def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
-    x, w, w_dgrad, dgrad_order, key = residuals
+    x, w, w_dgrad, dgrad_order, key, x24 = residuals
     w_read = w if w_dgrad is None else w_dgrad
     dx = on_tensor_core("dgrad", gemm, recipe, x, w_read, dy, dgrad_order)
     if dx is None:
@@ -95,7 +98,7 @@ def _dgrad_wgrad(gemm, recipe, no_key, residuals, dy):
             dy = gemm.on_rows(functools.partial(sampled, recipe.pattern, key), dy, x)
         if recipe.wgrad == "activation-fixed":
             gemm, x, dy = gemm.restore(recipe.pattern, x, dy)
-    dw = on_tensor_core("wgrad", gemm, recipe, x, w, dy)
+    dw = on_tensor_core("wgrad", gemm, recipe, x, w, dy, x24=x24)
     if dw is None:
         (dw,) = jax.linear_transpose(lambda w: gemm(x, w), w)(dy)
     return dx, dw, None, None, None

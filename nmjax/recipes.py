@@ -248,6 +248,8 @@ def semi_sparse_activation(
 
     Args:
       algorithm: Of `nmjax.masks.tile_mask`; torchao's default ranks by signed value.
+        "largest_abs_values_exact" keeps most, and x is masked and compressed for both
+        GEMMs in one pass where they run on a sparse tensor core.
       schedule: When the recipe acts.
     """
     return Recipe(

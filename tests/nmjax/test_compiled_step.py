@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 import nmjax
 from nmjax import recipes, sparse_products
+from nmjax.masks.tiles import EXACT
 from pallas_kernels import dispatch, implementations, ptx
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.partitioning import partitioned
@@ -88,22 +89,25 @@ def test_every_device_multiplies_its_own_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, sparse",
+    "recipe, sparse, passes",
     [
-        ("sr_ste", 1),
-        ("transposable", 2),
-        ("semi_sparse_weight", 2),
-        ("semi_sparse_activation", 2),
+        (recipes.sr_ste("2:4"), 1, 1),
+        (recipes.transposable("2:4"), 2, 2),
+        (recipes.semi_sparse_weight(), 2, 2),
+        (recipes.semi_sparse_activation(), 2, 2),
+        (recipes.semi_sparse_activation(algorithm="largest_abs_values_exact"), 2, 1),
     ],
+    ids=lambda value: getattr(value, "name", None),
 )
-def test_every_sparse_gemm_of_a_recipe_is_in_the_program(monkeypatch, name, sparse):
+def test_every_sparse_gemm_of_a_recipe_is_in_the_program(
+    monkeypatch, recipe, sparse, passes
+):
     (device,) = ahead_of_time.devices(H200, 1)
     for module in (sparse_products, dispatch):
         monkeypatch.setattr(module, "judge", lambda *_, **__: Choice("sm90"))
     monkeypatch.setattr(sparse_products, "is_measured", lambda: True)
     monkeypatch.setattr(implementations, "PROVEN_ON", {H200.name})
-    pattern = () if name.startswith("semi") else ("2:4",)
-    rules = [nmjax.Rule(".*", getattr(recipes, name)(*pattern))]
+    rules = [nmjax.Rule(".*", recipe)]
     layer = nn.Dense(WIDTH, dtype=jnp.bfloat16)
     model = nmjax.sparsify(layer, rules)
 
@@ -127,4 +131,7 @@ def test_every_sparse_gemm_of_a_recipe_is_in_the_program(monkeypatch, name, spar
 
     calls = [line for line in hlo.splitlines() if "custom-call(" in line]
     assert sum("nm_matmul" in call for call in calls) == sparse
-    assert sum("nm_compress" in call for call in calls) == sparse
+    assert sum("nm_compress" in call for call in calls) == passes
+    if recipe.fprop == "activation":  # written with zeros, but where one pass does all
+        masked = re.search(r"= bf16\S+ fusion\(%x", hlo)
+        assert bool(masked) == (recipe.tile != EXACT)

@@ -129,6 +129,109 @@ def test_a_layer_runs_each_sparse_gemm_there(rng, products, recipe, sizes, layer
     assert products == sizes
 
 
+@pytest.fixture
+def passes(monkeypatch, products):
+    """How often activations were masked and compressed both ways: their shapes."""
+    seen = []
+
+    def choose(a, b, form):
+        sizes = a.shape[0], b.shape[1 if form.b_is_kn else 0], a.shape[1]
+        assert sizes in products[-2:]  # both products were judged before the pass
+        return Choice("reference")
+
+    def compress_transposable(x, **options):
+        seen.append(x.shape)
+        return compress_here(x, **options)
+
+    compress_here = sparse_products.compress_transposable
+    monkeypatch.setattr(sparse_products, "compress_transposable", compress_transposable)
+    monkeypatch.setattr(matmul.dispatch, "choose", choose)
+    return seen
+
+
+EXACT = recipes.semi_sparse_activation(algorithm="largest_abs_values_exact")
+
+
+def test_exact_tiles_are_masked_and_compressed_in_one_pass(rng, products, passes):
+    layer = nn.Dense(N, dtype=jnp.bfloat16)
+    model = nmjax.sparsify(layer, [nmjax.Rule(".*", EXACT)])
+    x = jnp.asarray(rng.standard_normal((2, T // 2, K)), jnp.bfloat16)
+    params = model.init(jax.random.key(0), x)["params"]
+    products.clear()
+    passes.clear()
+
+    def loss(params, x):
+        out = model.apply({"params": params}, x)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    both = jax.value_and_grad(loss, (0, 1))
+    value, grads = both(params, x)
+    assert passes == [(T, K)]
+    assert products == [(T, N, K), (K, N, T)]
+    assert_like_dense((value, grads), both, params, x)
+    assert passes == [(T, K)]
+
+
+def test_the_mask_of_one_pass_is_that_of_the_dense_product(products, passes, rng):
+    """Integers, with ties, whose products are exact."""
+    x = jnp.asarray(rng.integers(-2, 3, (T, K)), jnp.bfloat16)
+    w = jnp.asarray(rng.integers(-2, 3, (K, N)), jnp.bfloat16)
+
+    def loss(x, w):
+        y = nmjax.ops.nm_dot_general(x, w, (((1,), (0,)), ((), ())), recipe=EXACT)
+        return (y.astype(jnp.float32) ** 3).sum()
+
+    mask = nmjax.transposable_mask(abs(x), "2:4")
+    dense = jnp.where(mask, x, 0) @ w
+    assert loss(x, w) == (dense.astype(jnp.float32) ** 3).sum()
+    for function in (jax.grad(loss, (0, 1)), jax.jit(jax.grad(loss, (0, 1)))):
+        actual = function(x, w)
+        d_out = (3 * dense.astype(jnp.float32) ** 2).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(actual[1], jnp.where(mask, x, 0).T @ d_out)
+        np.testing.assert_array_equal(actual[0], d_out @ w.T)
+    assert passes == [(T, K)] * 3
+    # Rows of a batch, one after another; the second derivative reaches x as well.
+    stacked = jax.vmap(jax.grad(loss), (0, None))(jnp.stack([x, -x]), w)
+    np.testing.assert_array_equal(stacked[0], jax.grad(loss)(x, w))
+    second = jax.grad(lambda x: (jax.grad(loss, 1)(x, w) ** 2).sum())(x)
+    assert_like_dense(
+        second, jax.grad(lambda x: (jax.grad(loss, 1)(x, w) ** 2).sum()), x
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["greedy", "tokens", "float32", "batch", "mesh", "slower"],
+)
+def test_one_pass_is_not_taken_where_it_cannot_be(
+    products, passes, monkeypatch, change
+):
+    recipe, x, w = EXACT, jnp.ones((T, K), jnp.bfloat16), jnp.ones((K, N), jnp.bfloat16)
+    numbers = (((1,), (0,)), ((), ()))
+    if change == "greedy":
+        recipe = recipes.semi_sparse_activation()
+    if change == "tokens":
+        x = x[:-1]
+    if change == "float32":
+        x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    if change == "batch":
+        x, w, numbers = x[None], w[None], (((2,), (1,)), ((0,), (0,)))
+    if change == "mesh":
+        axis_types = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((2,), ("data",), axis_types=axis_types)
+        spec = jax.sharding.PartitionSpec("data")
+        x = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    if change == "slower":
+        monkeypatch.setattr(
+            sparse_products, "judge", lambda *_, **__: Choice("reference")
+        )
+    product = jax.jit(
+        lambda x, w: nmjax.ops.nm_dot_general(x, w, numbers, recipe=recipe)
+    )
+    assert product(x, w).shape[-1] == N
+    assert passes == []
+
+
 @pytest.mark.parametrize(
     "window, options, sizes",
     [

@@ -1,5 +1,7 @@
 """torchao's tile algorithms against their definitions, tile by tile."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,21 @@ def test_mask_is_the_definition(algorithm, rng):
     tiles, masks = tiles_of(x), tiles_of(mask)
     for k in np.ndindex(tiles.shape[:-2]):
         np.testing.assert_array_equal(masks[k], DEFINITIONS[algorithm](tiles[k]))
+
+
+def test_the_exact_algorithm_is_the_best_of_the_90(rng):
+    pairs = [row for row in itertools.product((0, 1), repeat=4) if sum(row) == 2]
+    fours = np.array(list(itertools.product(pairs, repeat=4)))
+    ninety = fours[(fours.sum(1) == 2).all(1)]
+    assert len(ninety) == 90
+    x = np.stack([rng.normal(size=(8, 24)), rng.integers(-2, 3, (8, 24))])
+    mask = tile_mask(jnp.asarray(x, jnp.float32), "largest_abs_values_exact")
+    tiles, masks = (tiles_of(a).reshape(-1, 4, 4) for a in (abs(x), mask))
+    assert (masks.sum(1) == 2).all() and (masks.sum(2) == 2).all()
+    best = np.einsum("kij,tij->tk", ninety, tiles).max(1)
+    np.testing.assert_allclose((tiles * masks).sum((1, 2)), best, rtol=1e-6)
+    of_integers = tile_mask(jnp.asarray(x[1], jnp.int8), "largest_abs_values_exact")
+    np.testing.assert_array_equal(of_integers, mask[1])
 
 
 def test_known_answer_of_one_to_sixteen():
