@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nmjax.masks.magnitude import explicit_sharding, shard_size
 from nmjax.pattern import NMPattern
 from nmjax.tokens import joined_rows, kept_rows, spread_rows
 
@@ -86,31 +87,26 @@ class Dot:
     def on_tokens(self, change: OnRows, x: jax.Array) -> jax.Array:
         """`x` after a change of its matrices `(…, tokens, features)`."""
         order, batch, rows = self._order(x)
-        moved = jnp.transpose(x, order)
-        shape = _matrix_shape(moved.shape, batch, batch + rows)
-        matrices = change(moved.reshape(shape))
-        back = [order.index(axis) for axis in range(x.ndim)]
-        return jnp.transpose(matrices.reshape(moved.shape), back)
+        moved = _on_matrices(change, jnp.transpose(x, order), batch, batch + rows)
+        return jnp.transpose(moved, [order.index(axis) for axis in range(x.ndim)])
 
     def on_rows(self, change: OnRows, dy: jax.Array, x: jax.Array) -> jax.Array:
         """`dy` after a change of its matrices `(…, tokens, out)`."""
         _, batch, rows = self._order(x)
-        shape = _matrix_shape(dy.shape, batch, batch + rows)
-        return change(dy.reshape(shape)).reshape(dy.shape)
+        return _on_matrices(change, dy, batch, batch + rows)
 
     def restore(
         self, pattern: NMPattern, x: jax.Array, dy: jax.Array
     ) -> tuple["Dot", jax.Array, jax.Array]:
-        """The GEMM of the kept tokens alone, whose tokens are one axis."""
+        """The GEMM of the kept tokens alone, whose tokens are as in `_matrices`."""
         order, batch, rows = self._order(x)
         moved, end = jnp.transpose(x, order), batch + rows
-        x = kept_rows(pattern, moved.reshape(_matrix_shape(moved.shape, batch, end)))
+        x = kept_rows(pattern, _matrices(moved, batch, end))
         x = x.reshape(*x.shape[:-1], *moved.shape[end:])
         columns = dy.shape[end:]
-        dy = dy.reshape(_matrix_shape(dy.shape, batch, end))
-        dy = joined_rows(pattern, dy)
+        dy = joined_rows(pattern, _matrices(dy, batch, end))
         (_, w_contracted), (_, w_batch) = self.dimension_numbers
-        contracted = tuple(range(batch + 1, x.ndim))
+        contracted = tuple(range(x.ndim - len(w_contracted), x.ndim))
         numbers = ((contracted, w_contracted), (tuple(range(batch)), w_batch))
         gemm = dataclasses.replace(self, dimension_numbers=numbers)
         return gemm, x, dy.reshape(*dy.shape[:-1], *columns)
@@ -123,9 +119,34 @@ class Dot:
         return (*batch, *free, *contracted), len(batch), len(free)
 
 
-def _matrix_shape(shape: tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
-    """Axes from start to end become the rows, those from end on the columns."""
-    return (*shape[:start], math.prod(shape[start:end]), math.prod(shape[end:]))
+def _matrices(x: jax.Array, start: int, end: int) -> jax.Array:
+    """`(…, tokens, columns)`: the axes from start to end, and those from end on.
+
+    Where explicit mesh axes cut a token axis, such as a sequence, those before it stay
+    apart: joined, a device would hold no slice of them. `nmjax.tokens` asks for whole
+    groups on every device, which are the same either way.
+
+    Raises:
+      ValueError: They cut another column axis than the first.
+    """
+    cut = [i for i in range(x.ndim) if shard_size(x, i) < x.shape[i]]
+    if cut and cut[-1] > end:
+        raise ValueError(
+            f"axis {cut[-1]} of shape {x.shape} is sharded, and this recipe takes "
+            f"axes {end} to {x.ndim - 1} as the columns of one matrix: shard axis "
+            f"{end} in its place, or jax.reshard this array first"
+        )
+    first = max([start, *(i for i in cut if i < end)])
+    shape = (*x.shape[:first], math.prod(x.shape[first:end]), math.prod(x.shape[end:]))
+    names = (*jax.typeof(x).sharding.spec, None)
+    spec = (*names[:first], names[first] if first < end else None, names[end])
+    return x.reshape(shape, out_sharding=explicit_sharding(x, spec))
+
+
+def _on_matrices(change: OnRows, x: jax.Array, start: int, end: int) -> jax.Array:
+    """`x` after a change of its `_matrices`."""
+    changed = change(_matrices(x, start, end))
+    return changed.reshape(x.shape, out_sharding=explicit_sharding(x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +209,8 @@ class Conv:
         numbers = lax.conv_dimension_numbers(dy.shape, dy.shape, self.dimension_numbers)
         batch, features, *space = numbers.out_spec
         order = (batch, *space, features)
-        moved = jnp.transpose(dy, order)
-        matrix = change(moved.reshape(-1, moved.shape[-1]))
-        back = [order.index(axis) for axis in range(dy.ndim)]
-        return jnp.transpose(matrix.reshape(moved.shape), back)
+        moved = _on_matrices(change, jnp.transpose(dy, order), 0, dy.ndim - 1)
+        return jnp.transpose(moved, [order.index(axis) for axis in range(dy.ndim)])
 
     def restore(
         self, pattern: NMPattern, x: jax.Array, dy: jax.Array

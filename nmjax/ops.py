@@ -290,6 +290,8 @@ def _conv_of_patches(gemm: Conv, x: jax.Array, w: jax.Array, **aux) -> jax.Array
     )  # (N, *out, window, channels)
     outputs, groups = patches.shape[:-2], gemm.feature_group_count
     tokens, positions = math.prod(outputs), patches.shape[-2]
+    # One axis at a time: of an array with an explicit sharding reshape splits but one.
+    patches = patches.reshape(tokens, positions, -1)
     patches = patches.reshape(tokens, positions, groups, -1)
     patches = jnp.moveaxis(patches, 2, 0).reshape(groups, tokens, -1)
     matrix = w.reshape(-1, groups, w.shape[-1] // groups)  # (window · C/g, g, out/g)
@@ -301,7 +303,8 @@ def _conv_of_patches(gemm: Conv, x: jax.Array, w: jax.Array, **aux) -> jax.Array
         gemm.preferred_element_type,
         **aux,
     )
-    y = jnp.moveaxis(y, 0, 1).reshape(*outputs, -1)  # features are group-major
+    y = jnp.moveaxis(y, 0, 1).reshape(tokens, -1)  # features are group-major
+    y = y.reshape(*outputs, -1)
     batch, features, *space = numbers.out_spec
     order = (batch, *space, features)
     return jnp.transpose(y, [order.index(axis) for axis in range(y.ndim)])

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nmjax.masks.magnitude import check_shards, sharded_as
 from nmjax.pattern import NMPattern
 
 
@@ -56,8 +57,9 @@ def mvue(
       bool, exactly n True in every group.
 
     Raises:
-      ValueError: `x` is not floating point, m does not divide the axis, or `random` is
-        neither a key nor uniform numbers of the right shape.
+      ValueError: `x` is not floating point, m does not divide the axis, or its shards
+        if its sharding is explicit, or `random` is neither a key nor uniform numbers of
+        the right shape.
     """
     pattern, axis = NMPattern(pattern), operator.index(axis)
     shape = tuple(x.shape)
@@ -73,9 +75,11 @@ def mvue(
             f"m = {pattern.m} (pattern {pattern}): pad with zeros, or choose "
             "another axis or pattern"
         )
+    check_shards(x, axis, pattern)
     groups = (*shape[:axis], size // pattern.m, *shape[axis + 1 :])
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    return _mvue(x, _uniforms(random, groups, dtype), pattern, axis)
+    uniforms = sharded_as(_uniforms(random, groups, dtype), x)
+    return _mvue(x, uniforms, pattern, axis)
 
 
 def _uniforms(random: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

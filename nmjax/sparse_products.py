@@ -86,8 +86,10 @@ def both_ways(gemm: Any, recipe: Recipe, x: jax.Array, w: jax.Array) -> BothWays
     """
     if recipe.tile != EXACT or recipe.wgrad != "activation":
         return None
-    matrices = gemm.matrices(x, w) if may_run_on_tensor_core(recipe) else None
-    if matrices is None or not (_is_whole(x) and _is_whole(w)):
+    if not (may_run_on_tensor_core(recipe) and _is_whole(x) and _is_whole(w)):
+        return None
+    matrices = gemm.matrices(x, w)
+    if matrices is None:
         return None
     x2, w2 = matrices
     if x2.dtype != w2.dtype or x2.dtype.name not in _DTYPES:
@@ -136,6 +138,8 @@ def on_tensor_core(
       axes that the product varies over and x or w does not.
     """
     if recipe is None or not may_run_on_tensor_core(recipe):
+        return None
+    if AxisType.Explicit in axis_types(x, w):
         return None
     if order is not None:
         w, dy = (jnp.take(a, order, axis=-1) for a in (w, dy))

@@ -21,7 +21,6 @@ weight.
 """
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -34,6 +33,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nmjax import estimators, masks
 from nmjax.masks import Ragged, magnitude_mask
 from nmjax.masks.learned import best_mask, init_logits, patterns, sample_mask
+from nmjax.masks.magnitude import sharded_as
 from nmjax.masks.output_order import mask_in_order, search_output_order
 from nmjax.pattern import NMPattern
 from nmjax.plans import PlanEntry, group_axes_of
@@ -184,9 +184,7 @@ class Sparsity:
         if self.recipe.reorder and "output_order" not in entry:
             raise ValueError(self._missing("output_order"))
         order = entry.get("output_order", self._stored_order(w))
-        choose = lambda w, mask, order: mask_in_order(  # noqa: E731
-            w, mask, self.pattern, order
-        )
+        choose = lambda w, e, order: mask_in_order(w, e, self.pattern, order)  # noqa: E731
         return self._by_output(choose, order, w, mask)
 
     def search_order(
@@ -208,16 +206,17 @@ class Sparsity:
     def _by_output(
         self, function: Callable, order: jax.Array, *weights: jax.Array
     ) -> jax.Array:
-        """`function` of (inputs, outputs) matrices and an order, for all stacked."""
+        """`function` of weights `(…, outputs)` and an order, for all stacked."""
         stacked = len(self.stacked)
-        axes = (*self.stacked, self.out_axis)
-        places = (*range(stacked), order.ndim - 1)
+        axes, places = (*self.stacked, self.out_axis), (*range(stacked), -1)
         order, *moved = (jnp.moveaxis(a, axes, places) for a in (order, *weights))
-        number, outputs = math.prod(order.shape[:stacked]), order.shape[-1]
-        matrices = (w.reshape(number, -1, outputs) for w in moved)
-        made = jax.vmap(function)(*matrices, order.reshape(number, outputs))
-        like = order if made.ndim == 2 else moved[0]
-        return jnp.moveaxis(made.reshape(like.shape), places, axes)
+        spec = jax.typeof(moved[0]).sharding.spec[:stacked]
+        order = sharded_as(order, moved[0], spec)  # as vmap asks, and no output apart
+        for _ in range(stacked):
+            function = jax.vmap(function)
+        made = function(*moved, order.reshape(*order.shape[:stacked], -1))
+        made = made if made.ndim == order.ndim else made.reshape(order.shape)
+        return jnp.moveaxis(made, places, axes)
 
     def choose_mask(self, w: jax.Array) -> jax.Array:
         """The mask that fprop reads of `w`: bool, its shape, True = kept.

@@ -1,7 +1,8 @@
 """What recipes make of the (tokens, columns) matrices of x and dy.
 
 Each function takes `(…, tokens, columns)` and acts along the tokens, the axis that
-wgrad contracts. Where m does not divide their number, zeros fill the last group.
+wgrad contracts. Where m does not divide their number, zeros fill the last group; where
+explicit mesh axes cut the tokens, each device must hold whole groups of them.
 """
 
 import itertools
@@ -9,9 +10,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from nmjax import masks
+from nmjax.masks.magnitude import check_shards
 from nmjax.pattern import NMPattern
 from nmjax.sampling import mvue
 
@@ -19,22 +20,14 @@ from nmjax.sampling import mvue
 def sparse_tiles(algorithm: str, x: jax.Array) -> jax.Array:
     """x `(…, tokens, features)` masked by 4×4 tiles."""
     tokens = x.shape[-2]
-    padded = _fill_rows(x, 4)
+    padded = _fill_rows(x, NMPattern(2, 4))
     mask = lax.slice_in_dim(masks.tile_mask(padded, algorithm), 0, tokens, axis=-2)
     return jnp.where(mask, x, jnp.zeros_like(x))
 
 
 def sampled(pattern: NMPattern, key: jax.Array, dy: jax.Array) -> jax.Array:
     """dy `(…, tokens, out)` with n of every m tokens kept, unbiased."""
-    rows = _fill_rows(dy, pattern.m)
-    tokens, columns = rows.shape[-2:]
-    dtype = jnp.float64 if dy.dtype == jnp.float64 else jnp.float32
-    shape = (*rows.shape[:-2], tokens // pattern.m, columns)
-    uniforms = jax.random.uniform(key, shape, dtype)
-    sharding = jax.typeof(rows).sharding  # known of explicit mesh axes alone
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        uniforms = jax.reshard(uniforms, sharding)
-    values, _ = mvue(rows, uniforms, pattern, axis=-2)
+    values, _ = mvue(_fill_rows(dy, pattern), key, pattern, axis=-2)
     return lax.slice_in_dim(values, 0, dy.shape[-2], axis=-2)
 
 
@@ -52,32 +45,40 @@ def kept_rows(pattern: NMPattern, x: jax.Array) -> jax.Array:
 
 def joined_rows(pattern: NMPattern, dy: jax.Array) -> jax.Array:
     """dy `(…, tokens, out)` summed over each kept place and those left out after it."""
-    groups = _grouped(pattern, dy)
-    borders = itertools.pairwise([*_kept_places(pattern), pattern.m])
-    sums = [jnp.sum(groups[..., a:b, :], -2) for a, b in borders]
+    sums = _joined(pattern, dy)
     return jnp.stack(sums, -2).reshape(*dy.shape[:-2], -1, dy.shape[-1])
 
 
 def spread_rows(pattern: NMPattern, dy: jax.Array) -> jax.Array:
     """As `joined_rows`, with zeros at the places left out: the shape of `dy`."""
-    joined = joined_rows(pattern, dy)
-    rows = joined.reshape(*dy.shape[:-2], -1, pattern.n, dy.shape[-1])
-    shape = (*rows.shape[:-2], pattern.m, rows.shape[-1])
-    groups = jnp.zeros(shape, dy.dtype)
-    groups = groups.at[..., jnp.asarray(_kept_places(pattern)), :].set(rows)
-    spread = groups.reshape(*dy.shape[:-2], -1, dy.shape[-1])
+    sums = _joined(pattern, dy)
+    at, zeros = _kept_places(pattern), jnp.zeros_like(sums[0])
+    places = [sums[at.index(i)] if i in at else zeros for i in range(pattern.m)]
+    spread = jnp.stack(places, -2).reshape(*dy.shape[:-2], -1, dy.shape[-1])
     return lax.slice_in_dim(spread, 0, dy.shape[-2], axis=-2)
+
+
+def _joined(pattern: NMPattern, dy: jax.Array) -> list[jax.Array]:
+    """The sums of `joined_rows`, `(…, groups, out)` for each kept place of a group."""
+    groups = _grouped(pattern, dy)
+    borders = itertools.pairwise([*_kept_places(pattern), pattern.m])
+    return [jnp.sum(groups[..., a:b, :], -2) for a, b in borders]
 
 
 def _grouped(pattern: NMPattern, rows: jax.Array) -> jax.Array:
     """`(…, tokens, columns)` -> `(…, groups, m, columns)`."""
-    rows = _fill_rows(rows, pattern.m)
+    rows = _fill_rows(rows, pattern)
     return rows.reshape(*rows.shape[:-2], -1, pattern.m, rows.shape[-1])
 
 
-def _fill_rows(rows: jax.Array, m: int) -> jax.Array:
-    """`(…, tokens, columns)` with zeros up to a multiple of m tokens."""
-    missing = -rows.shape[-2] % m
+def _fill_rows(rows: jax.Array, pattern: NMPattern) -> jax.Array:
+    """`(…, tokens, columns)` with zeros up to a multiple of m tokens.
+
+    Raises:
+      ValueError: An explicit sharding of the tokens cuts a group.
+    """
+    check_shards(rows, -2, pattern)
+    missing = -rows.shape[-2] % pattern.m
     if not missing:
         return rows
     widths = [(0, 0)] * (rows.ndim - 2) + [(0, missing), (0, 0)]

@@ -8,11 +8,13 @@ element-wise, where a sort of many short groups is 10 to 80 times slower on XLA.
 import functools
 import math
 import operator
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
 from nmjax.pattern import NMPattern
@@ -118,6 +120,35 @@ def shard_size(x: jax.Array, axis: int) -> int:
     return x.shape[axis] // math.prod(sharding.mesh.shape[name] for name in names)
 
 
+def check_shards(
+    x: jax.Array, axis: int, pattern: NMPattern, kind: str = "groups"
+) -> None:
+    """Raises if an explicit sharding of `axis` cuts a group of m, or a tile."""
+    shard = shard_size(x, axis)
+    if shard < x.shape[axis] and shard % pattern.m:
+        raise ValueError(
+            f"axis {axis} of shape {x.shape} is sharded into parts of {shard}, not a "
+            f"multiple of m = {pattern.m} (pattern {pattern}), and {kind} never "
+            "straddle devices: shard another axis, or jax.reshard this array first"
+        )
+
+
+def explicit_sharding(x: jax.Array, spec: Sequence | None = None):
+    """The sharding of `x`, or `spec` on its mesh; None without explicit mesh axes."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return sharding if spec is None else sharding.update(spec=PartitionSpec(*spec))
+
+
+def sharded_as(
+    x: jax.Array, like: jax.Array, spec: Sequence | None = None
+) -> jax.Array:
+    """`x` in the `explicit_sharding` of another array, if it has one."""
+    sharding = explicit_sharding(like, spec)
+    return x if sharding is None else jax.reshard(x, sharding)
+
+
 def _check_axis(
     scores: jax.Array, pattern: NMPattern, axis: int, ragged: str | None
 ) -> int:
@@ -137,13 +168,7 @@ def _check_axis(
             f"m = {pattern.m} (pattern {pattern}): choose another axis or pattern, "
             'leave this array dense, or say ragged="dense-tail" or ragged="pad"'
         )
-    shard = shard_size(scores, axis)
-    if shard < size and shard % pattern.m:
-        raise ValueError(
-            f"axis {axis} of shape {shape} is sharded into parts of {shard}, not a "
-            f"multiple of m = {pattern.m} (pattern {pattern}), and groups never "
-            "straddle devices: shard another axis, or jax.reshard these scores first"
-        )
+    check_shards(scores, axis, pattern)
     return axis % len(shape)
 
 

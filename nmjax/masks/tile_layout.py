@@ -7,7 +7,7 @@ place of all tiles, and neither leading nor sharded axes are merged.
 import jax
 import jax.numpy as jnp
 
-from nmjax.masks.magnitude import shard_size
+from nmjax.masks.magnitude import check_shards
 from nmjax.pattern import NMPattern
 
 
@@ -25,13 +25,7 @@ def check_tiles(x: jax.Array, pattern: NMPattern) -> jax.Array:
                 f"m = {pattern.m} (pattern {pattern}), and tiles take both of the last "
                 "two axes: choose another pattern, or leave this array dense"
             )
-        shard = shard_size(x, axis)
-        if shard % pattern.m:
-            raise ValueError(
-                f"axis {axis} of shape {x.shape} is sharded into parts of {shard}, not "
-                f"a multiple of m = {pattern.m} (pattern {pattern}), and tiles never "
-                "straddle devices: shard another axis, or jax.reshard this array first"
-            )
+        check_shards(x, axis, pattern, "tiles")
     return x
 
 

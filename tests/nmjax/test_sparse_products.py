@@ -369,6 +369,37 @@ def test_axes_that_cannot_be_cut_are_dense(products, types):
     assert asked == [None]
 
 
+@pytest.mark.parametrize("recipe", [EXACT, recipes.bi_mask("2:4", refresh=2)], ids=str)
+def test_layers_on_explicit_meshes_are_dense(rng, products, recipe):
+    """Also where a sequence and outputs are cut, which matrices would have to join."""
+    axis_types = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=axis_types)
+    spec = jax.sharding.PartitionSpec
+    rules = [nmjax.Rule(".*", recipe)]
+    layer = nn.Dense(N, use_bias=False, dtype=jnp.bfloat16)
+    model = nmjax.sparsify(layer, rules)
+    x = jnp.asarray(rng.standard_normal((2, T, K)), jnp.bfloat16)
+    params = {"kernel": jnp.asarray(rng.standard_normal((K, N)), jnp.float32)}
+    plan = nmjax.plan(layer, rules, x)
+
+    @jax.jit
+    def gradients(params, x):
+        def loss(params, x):
+            state = nmjax.init_state(params, plan)
+            y = model.apply({"params": params, "nm": state}, x)
+            return (y.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss, (0, 1))(params, x)
+
+    def put(array, *axes):
+        return jax.device_put(array, jax.sharding.NamedSharding(mesh, spec(*axes)))
+
+    with jax.set_mesh(mesh):
+        params = {"kernel": put(params["kernel"], None, "model")}
+        gradients(params, put(x, None, "data"))
+    assert products == []
+
+
 @pytest.mark.parametrize(
     "name",
     ["transposable", pytest.param("semi_sparse_activation", marks=pytest.mark.slow)],
