@@ -9,7 +9,9 @@ scanned Dense kernel has the same rank as either.
 """
 
 import contextvars
+import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +29,10 @@ LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.Einsum)
 OWN_PARAMETER = (
     "no hook: the model reads this parameter itself; leave it dense here and mask it "
     "with nmjax.sparsify_params"
+)
+BY_HAND = (
+    "the model reads this parameter by hand, beside its layer or in place of it, and "
+    "no mask would be there; leave it dense here and mask it with nmjax.sparsify_params"
 )
 
 
@@ -51,7 +57,7 @@ def find_candidates(
     """
     found: dict[str, dict[str, Any]] = {}
     recording = _RECORDING.set(True)
-    token = object()  # in every box: a cached inner jit would not call the interceptor
+    token = _Recording()  # in every tag: a cached inner jit calls no interceptor
 
     def run(variables):
         stored: dict[str, Any] = {}  # gone with the trace: `jax.checking_leaks` looks
@@ -86,6 +92,8 @@ def find_candidates(
     candidates = []
     for path, leaf in named_leaves(variables["params"]).items():
         facts = found.get(path, {"ignored": True})
+        if path in token.by_hand:
+            facts |= {"ignored": False, "reason": facts.get("reason") or BY_HAND}
         ndim = facts.pop("ndim", leaf.ndim)
         if is_weight(path, ndim):
             shape, dtype = tuple(leaf.shape), str(leaf.dtype)
@@ -101,9 +109,24 @@ def is_recording() -> bool:
     return _RECORDING.get(False)
 
 
+@dataclasses.dataclass(eq=False)
+class _Recording:
+    """One run of a model for its geometry.
+
+    Attributes:
+      by_hand: Paths of the parameters that it took from its variables itself.
+    """
+
+    by_hand: set[str] = dataclasses.field(default_factory=set)
+
+
 @jax.tree_util.register_pytree_node_class
 class _Tag(meta.AxisMetadata):
-    """A parameter that remembers its path and which stored axes it still has."""
+    """A parameter that remembers its path and which stored axes it still has.
+
+    Flax opens it where a layer asks for its parameter. Whoever takes it from
+    `variables` or `get_variable` finds an array all the same, which is noted.
+    """
 
     def __init__(self, value, static):
         self.value, self.static = value, static
@@ -129,6 +152,27 @@ class _Tag(meta.AxisMetadata):
     def add_axis(self, index, params):
         return self  # only on the way out, where nobody looks
 
+    def __jax_array__(self):
+        recording, path, *_ = self.static
+        recording.by_hand.add(path)
+        return self.value
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__jax_array__(), name)
+
+
+def _as_array(name: str) -> Callable[..., Any]:
+    return lambda tag, *others: getattr(tag.__jax_array__(), name)(*others)
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
+    setattr(_Tag, f"__{_name}__", _as_array(f"__{_name}__"))
+    setattr(_Tag, f"__r{_name}__", _as_array(f"__r{_name}__"))
+for _name in ("__neg__", "__abs__", "__getitem__"):
+    setattr(_Tag, _name, _as_array(_name))
+
 
 def _is_tag(parameter: Any, token: object) -> bool:
     """Whether it is a tag of this recording: a model may apply another sparse one."""
@@ -141,7 +185,7 @@ def _note_layer(found, layer, args, kwargs, stored, token):
     if not _is_tag(tag, token):
         return
     _, path, rank, stored_axes = tag.static
-    _refuse_another_weight(layer, tag.value, stored[path])
+    _refuse_another_weight(path, tag.value, stored[path])
     ndim = tag.value.ndim
     axes = contracted_axes(layer, ndim, args, kwargs)
     if axes is None:
@@ -167,26 +211,35 @@ def _note_layer(found, layer, args, kwargs, stored, token):
     found[path] = note
 
 
-def _refuse_another_weight(layer, kernel, stored):
+def _refuse_another_weight(path, kernel, stored):
     """Refuses a layer whose kernel is computed from the one stored at its path.
 
     Where no scan, vmap, remat or jit is around the layer, what it reads is the stored
-    array itself, or the model has put another in its place.
+    array itself. Inside a scan, remat or jit it is an input of what is traced there,
+    which no equation made; inside a vmap nothing is known.
     """
+    if kernel is stored:
+        return
     same_trace = getattr(kernel, "_trace", None) is stored._trace
-    if kernel is not stored and same_trace:
+    if same_trace or getattr(kernel, "parent", None) is not None:
         raise PlanError(
-            f"{'/'.join(layer.path)}: the model transforms this layer's parameters "
-            "(nn.map_variables), and masks are of parameters as stored; mask them with "
-            "nmjax.plan_params and nmjax.sparsify_params"
+            f"{path}: the model transforms this layer's parameters (nn.map_variables, "
+            "or weights that it computes from them), and masks are of parameters as "
+            "stored; mask them with nmjax.plan_params and nmjax.sparsify_params"
         )
 
 
 def _note_own_parameters(found, module, token):
     """Notes parameters that a module reads without being a layer we know."""
-    if module.scope is None:
+    scope = module.scope
+    if scope is None:
         return
-    for tag in module.scope.variables().get("params", {}).values():
+    own = [  # arrays, or whole trees; the others are of modules within
+        parameter
+        for name, parameter in scope.variables().get("params", {}).items()
+        if _is_tag(parameter, token) or "params" in scope.reservations.get(name, ())
+    ]
+    for tag in jax.tree.leaves(own, is_leaf=lambda node: isinstance(node, _Tag)):
         if not _is_tag(tag, token) or tag.static[1] in found:
             continue
         embedding = isinstance(module, nn.Embed)

@@ -101,7 +101,8 @@ def sparsify(model: Model, rules: Rules) -> Model:
     if not isinstance(model, nn.Module):
         return _nnx_of(model).sparsify(model, rules)
     dense = densify(model)
-    return _sparse_class(type(dense), rules)(**_fields(dense))
+    _refuse_parent(dense)
+    return _sparse_class(type(dense), rules)(**_fields(dense), parent=None)
 
 
 def densify(model: Model) -> Model:
@@ -118,7 +119,7 @@ def densify(model: Model) -> Model:
         return _nnx_of(model).densify(model)
     if not isinstance(model, _SparseModel):
         return model
-    return type(model).nm_base(**_fields(model))
+    return type(model).nm_base(**_fields(model), parent=None)
 
 
 def _nnx_of(model: Any) -> Any:
@@ -155,7 +156,17 @@ def _sparse_class(base: type, rules: tuple[Rule, ...]) -> type:
 
 
 def _rebuild(base: type, rules: tuple[Rule, ...], fields: dict[str, Any]) -> nn.Module:
-    return sparsify(base(**fields), rules)
+    return sparsify(base(**fields, parent=None), rules)
+
+
+def _refuse_parent(model: nn.Module) -> None:
+    if model.parent is not None or model.scope is not None:
+        raise ValueError(
+            f"a sparsified {type(model).__name__} cannot be part of another model, "
+            "nor be bound: its kernels would be read as dense. Sparsify the outer "
+            "model with rules that begin with the inner one's name, or use "
+            "apply(..., method=...)"
+        )
 
 
 class _SparseModel(_Base):
@@ -167,13 +178,7 @@ class _SparseModel(_Base):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.parent is not None or self.scope is not None:
-            raise ValueError(
-                f"a sparsified {type(self).__name__} cannot be part of another model, "
-                "nor be bound: its kernels would be read as dense. Sparsify the outer "
-                "model with rules that begin with the inner one's name, or use "
-                "apply(..., method=...)"
-            )
+        _refuse_parent(self)
 
     def __reduce__(self):
         return _rebuild, (self.nm_base, self.nm_rules, _fields(self))
@@ -205,10 +210,7 @@ class _SparseModel(_Base):
         boxed = box_kernels(variables["params"], plan, entries, learned, key)
         with nn.intercept_methods(hook_boxed_layers):
             result = dense.apply({**variables, "params": boxed}, *args, **kwargs)
-        if kwargs.get("mutable", False) is False:
-            return result
-        output, mutated = result
-        return output, open_boxes(mutated)
+        return open_boxes(result)  # of variables, and of gradients within the model
 
     @nn.nowrap
     def init(self, rngs, *args, **kwargs):

@@ -284,7 +284,7 @@ def test_parameters_that_the_model_transforms_are_refused():
             )
             return layer(8, name="layer")(x)
 
-    with pytest.raises(nmjax.PlanError, match="layer: the model transforms this lay"):
+    with pytest.raises(nmjax.PlanError, match="layer/kernel: the model transforms"):
         nmjax.plan(Standardised(), "2:4", jnp.ones((2, 8)))
 
 
