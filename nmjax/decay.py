@@ -80,9 +80,17 @@ def add_decay(plan: Plan, decay: float | DecaySchedule | None = None) -> Any:
             if path not in sparse:
                 return gradient
             sparsity, w = sparse[path], weights[path]
+            entry = entries.get(path, {})
+            if sparsity.recipe.keeps_mask and "mask" not in entry:
+                raise ValueError(
+                    f"{path}: recipe {sparsity.recipe.name!r} keeps its mask in the "
+                    "state and the update was given none: pass it, tx.update(g, s, "
+                    "params, nm=state) with the state from nmjax.init_state; of an nnx "
+                    "model optimizer.update(model, g, nm=nmjax.nnx.state(model))"
+                )
             rate = sparsity.recipe.decay if decay is None else decay
             rate = rate(state.count) if callable(rate) else rate
-            term = decay_term(w, sparsity.mask(w, entries.get(path, {})), rate)
+            term = decay_term(w, sparsity.mask(w, entry), rate)
             return gradient + term.astype(gradient.dtype)
 
         return map_named(add, updates), AddDecayState(state.count + 1)

@@ -253,14 +253,15 @@ class Sparsity:
 
         Raises:
           ValueError: The recipe keeps its mask in the state and there is none, or
-            the stored one has another shape.
+            the stored one has another shape or is not bool.
         """
         stored = {name: entry[name] for name in MASKS if name in entry}
         for name, mask in stored.items():
-            if mask.shape != w.shape:
+            if mask.shape != w.shape or mask.dtype != jnp.bool_:
                 raise ValueError(
                     f"{self.path}: the state holds a {name} of shape {mask.shape} for "
-                    f"a weight of shape {w.shape}; make it anew with nmjax.init_state"
+                    f"a weight of shape {w.shape}, of {mask.dtype} where bool is "
+                    "expected; make it anew with nmjax.init_state"
                 )
         if "mask" in stored:
             if self.recipe.masks_dgrad and "mask_dgrad" not in stored:

@@ -133,9 +133,30 @@ def two_phase_adam(
     return optax.GradientTransformation(init, update)
 
 
-def switched(state: TwoPhaseAdamState) -> jax.Array:
-    """Whether the second phase has begun: bool scalar."""
-    return state.switched_at >= 0
+def switched(opt_state: Any) -> jax.Array:
+    """Whether the second phase has begun: bool scalar.
+
+    Args:
+      opt_state: State of `two_phase_adam`, or of an optimizer around it: `optax.chain`,
+        `optax.MultiSteps`, `nnx.Optimizer(...).opt_state`.
+
+    Raises:
+      ValueError: It does not hold exactly one `TwoPhaseAdamState`.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=_is_own)
+    found = [leaf for leaf in leaves if _is_own(leaf)]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one TwoPhaseAdamState in the optimizer's state, found "
+            f"{len(found)} in {type(opt_state).__name__}: give the state of an "
+            "optimizer with nmjax.two_phase_adam, and of several the part to ask"
+        )
+    (switched_at,) = jax.tree.leaves(found[0].switched_at)  # nnx: in a Variable
+    return switched_at >= 0
+
+
+def _is_own(state: Any) -> bool:
+    return isinstance(state, TwoPhaseAdamState)
 
 
 def _change(new: Any, old: Any, mean: str) -> jax.Array:

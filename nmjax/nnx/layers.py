@@ -15,7 +15,14 @@ import jax
 from flax import nnx
 
 from nmjax.nnx.recording import Weight, make_weight
-from nmjax.nnx.variables import NMFlipRate, NMKey, NMLogits, NMMask, NMNumber
+from nmjax.nnx.variables import (
+    NMFlipRate,
+    NMKey,
+    NMLogits,
+    NMMask,
+    NMNumber,
+    check_dtypes,
+)
 from nmjax.paths import named_leaves
 from nmjax.pattern import NMPattern
 from nmjax.planning import PlanError, check_sharding, make_plan
@@ -329,7 +336,7 @@ def kept_entry(layer: Any, path: str) -> dict[str, jax.Array]:
 
     Raises:
       ValueError: The recipe keeps something that is not there, or the layer has what is
-        kept by another.
+        kept by another; a mask is not bool, or an order not an integer.
     """
     recipe = layer.nm_sparsity.recipe
     entry = {}
@@ -355,6 +362,7 @@ def kept_entry(layer: Any, path: str) -> dict[str, jax.Array]:
                 "none was given; call nmjax.nnx.set_state(model, "
                 "nmjax.init_state(nmjax.nnx.params(model), plan))"
             )
+    check_dtypes(path, entry)
     return entry
 
 

@@ -16,7 +16,7 @@ from nmjax.nnx.layers import (
     store_key,
 )
 from nmjax.nnx.recording import Weight, find_weights
-from nmjax.nnx.variables import NMLogits
+from nmjax.nnx.variables import NMLogits, check_dtypes
 from nmjax.paths import nest
 from nmjax.planning import check_entry_sharding, log_dense_layers, make_plan
 from nmjax.plans import Plan
@@ -165,7 +165,7 @@ def state(model: nnx.Module) -> NMState:
       The state, in the form of `nmjax.init_state`; `{}` where no recipe keeps a mask.
 
     Raises:
-      ValueError: A recipe keeps its mask and the layer has none.
+      ValueError: A recipe keeps its mask and the layer has none, or one not bool.
     """
     flat: dict[str, Any] = {}
     for path, weight in _keeping(model).items():
@@ -187,7 +187,8 @@ def set_state(model: nnx.Module, state: NMState) -> None:
         no place for a mask, so what `nmjax.prepare` makes for them is refused.)
 
     Raises:
-      ValueError: The state is of another model: its paths or shapes differ.
+      ValueError: The state is of another model: its paths or shapes differ; or a mask
+        in it is not bool, or an order of outputs not an integer.
     """
     keeping = _keeping(model)
     entries = entries_of(state)
@@ -200,6 +201,7 @@ def set_state(model: nnx.Module, state: NMState) -> None:
             "nmjax.init_state(nmjax.nnx.params(model), plan)"
         )
     for path, entry in entries.items():
+        check_dtypes(path, entry)
         shape = keeping[path].candidate.shape
         for name in entry.keys() & set(MASKS):
             if entry[name].shape != shape:

@@ -35,7 +35,9 @@ class Pruned:
     Attributes:
       params: The parameters, structure and dtypes as given; dropped weights are zero.
         For an nnx model, nested dictionaries: `nnx.update(model, params)`.
-      plan: What was pruned, for `nmjax.check(params, plan)` and for fine-tuning.
+      plan: What was pruned, for fine-tuning and for
+        `nmjax.check(params, plan, nmjax.init_state(params, plan))`: recipes that keep
+        their masks have them in a state, and are not judged without.
       layers: One report for each pruned layer, in the order of the work.
     """
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -310,7 +311,8 @@ def test_a_kept_mask_is_needed(rng):
     params = {"w": dyadic(rng, 8, 4)}
     plan = plan_of(params, refresh=2)
     tx = nmjax.add_decay(plan)
-    with pytest.raises(ValueError, match="w: .*init_state"):
+    in_optax, in_nnx = r"update\(g, s, params, nm=", r"update\(model, g, nm=nmjax.nnx"
+    with pytest.raises(ValueError, match=f"w: .*{in_optax}.*init_state.*{in_nnx}"):
         tx.update(params, tx.init(params), params)
     with pytest.raises(ValueError, match="does not make sparse"):
         nm = {"v": {"mask": jnp.ones((8, 4), bool)}}
@@ -362,3 +364,18 @@ def test_masked_decay_of_2by4_reads_the_stored_transposable_mask():
 
 def dyadic_tree(rng):
     return {"kernel": dyadic(rng, 8, 8)}
+
+
+def test_an_nnx_optimizer_takes_the_state_of_its_model():
+    layer = nnx.Linear(8, 8, use_bias=False, rngs=nnx.Rngs(0))
+    rules = [Rule(".*", recipes.two_by_four(decay=DECAY))]
+    model, plan = nmjax.sparsify(layer, rules), nmjax.plan(layer, rules)
+    tx = optax.chain(nmjax.add_decay(plan), optax.sgd(1.0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    zeros = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+    with pytest.raises(ValueError, match=r"nm=nmjax.nnx.state\(model\)"):
+        optimizer.update(model, zeros)
+    w, mask = np.asarray(model.kernel[...]), np.asarray(model.nm_mask[...])
+    optimizer.update(model, zeros, nm=nmjax.nnx.state(model))
+    expected = np.where(mask, w, w - np.float32(DECAY) * w)
+    np.testing.assert_allclose(model.kernel[...], expected, rtol=1e-6)

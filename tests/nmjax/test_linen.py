@@ -276,3 +276,15 @@ def test_a_second_mask_is_of_the_master_weights_too():
     (dx,) = vjp(dy.astype(jnp.bfloat16))
     kept = nmjax.magnitude_mask(kernel, "2:4", axis=-1)
     np.testing.assert_array_equal(dx.T != 0, kept)
+
+
+def test_a_mask_that_is_not_bool_is_refused(rng):
+    """As an average of two states: what is not zero would count as kept."""
+    layer = nmjax.linen.Dense(8, recipe=nmjax.recipes.transposable("2:4"))
+    x = jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)
+    params = layer.init(jax.random.key(0), x)["params"]
+    mask = nmjax.transposable_mask(jnp.abs(params["kernel"]), "2:4")
+    layer.apply({"params": params, "nm": {"kernel": {"mask": mask}}}, x)
+    averaged = {"kernel": {"mask": mask.astype(jnp.float32)}}
+    with pytest.raises(ValueError, match="a mask of shape .* of float32 where bool"):
+        layer.apply({"params": params, "nm": averaged}, x)

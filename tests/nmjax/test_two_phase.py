@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import nmjax
 
@@ -126,3 +127,43 @@ def test_weight_decay_needs_the_parameters():
     tx = adam(earliest=1, latest=1, weight_decay=0.1)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tx: optax.chain(optax.clip(1.0), tx),
+        lambda tx: optax.MultiSteps(tx, 1),
+        lambda tx: optax.masked(tx, {"a": True, "b": False}),
+        lambda tx: optax.multi_transform(
+            {"ours": tx, "sgd": optax.sgd(0.1)}, {"a": "ours", "b": "sgd"}
+        ),
+        lambda tx: optax.inject_hyperparams(
+            lambda lr: nmjax.two_phase_adam(lr, earliest=3, latest=3)
+        )(lr=LR),
+        lambda tx: optax.apply_if_finite(tx, 2),
+    ],
+    ids=["chain", "steps", "masked", "multi", "inject", "finite"],
+)
+def test_the_state_is_found_in_that_of_an_optimizer(around):
+    tx, grads = around(adam(earliest=3, latest=3)), gradients(3)
+    _, before = run(tx, grads[:2], PARAMS)
+    _, after = run(tx, grads, PARAMS)
+    assert not nmjax.switched(before)
+    assert nmjax.switched(after)
+
+
+def test_the_state_is_found_in_that_of_an_nnx_optimizer():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    tx = optax.chain(optax.clip(1.0), adam(earliest=1, latest=1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    assert not nmjax.switched(optimizer.opt_state)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    assert nmjax.switched(optimizer.opt_state)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_state_without_one_or_with_several_is_refused(number):
+    tx = optax.chain(*[adam(earliest=3, latest=3)] * number, optax.clip(1.0))
+    with pytest.raises(ValueError, match=rf"found {number} in tuple: .*two_phase_adam"):
+        nmjax.switched(tx.init(PARAMS))

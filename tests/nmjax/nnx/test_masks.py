@@ -119,6 +119,68 @@ def test_a_lost_mask_is_an_error_with_a_way_out():
     np.testing.assert_array_equal(sparse(x), expected)
 
 
+def sparse_layer(recipe, seed):
+    rules = whatever_can_be(recipe)
+    layer = nnx.Linear(8, 8, use_bias=False, rngs=nnx.Rngs(seed))
+    return nmjax.sparsify(layer, rules), nmjax.plan(layer, rules)
+
+
+def average(a, b):
+    return 0.9 * a + 0.1 * b
+
+
+@pytest.mark.parametrize(
+    "recipe, change, message",
+    [
+        (FROZEN, average, "kernel: its mask is float32, not bool"),
+        (FROZEN, lambda a, _: a.astype(jnp.bfloat16), "its mask is bfloat16"),
+        (recipes.bi_mask("2:4"), average, "its output_order is float32, not an int"),
+    ],
+    ids=["average", "cast", "order"],
+)
+def test_a_state_averaged_as_a_whole_is_refused(recipe, change, message):
+    """Linen refuses it too: an average of masks keeps more than n of m."""
+    (ema, plan), (model, _) = sparse_layer(recipe, 0), sparse_layer(recipe, 1)
+    before = nmjax.nnx.state(ema)
+    changed = jax.tree.map(change, nnx.state(ema), nnx.state(model))
+    nnx.update(ema, changed)
+    for use in (
+        lambda: ema(values(2, 8)),
+        lambda: nnx.jit(lambda model: model(values(2, 8)))(ema),
+        lambda: nmjax.nnx.state(ema),
+        lambda: nmjax.nnx.refresh(ema, plan, 2),
+    ):
+        with pytest.raises(ValueError, match=f"{message}.*nnx.Param.*set_state"):
+            use()
+    with pytest.raises(ValueError, match=message):
+        nmjax.nnx.set_state(model, jax.tree.map(change, before, before))
+    nmjax.nnx.set_state(ema, before)  # the way out
+    assert ema(values(2, 8)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("name", ["mask", "mask_dgrad"])
+def test_either_mask_must_be_bool(name):
+    model, _ = sparse_layer(recipes.bi_mask("2:4", refresh=2), 0)
+    variable = getattr(model, f"nm_{name}")
+    variable.set_value(variable[...].astype(jnp.float32))
+    with pytest.raises(ValueError, match=f"its {name} is float32, not bool"):
+        model(values(2, 8))
+
+
+@pytest.mark.parametrize(
+    "recipe", [FROZEN, recipes.transposable("2:4"), SR_STE], ids=lambda r: r.name
+)
+def test_an_average_of_the_weights_with_the_masks_of_the_model(recipe):
+    (ema, plan), (model, _) = sparse_layer(recipe, 0), sparse_layer(recipe, 1)
+    weights = jax.tree.map(average, *(nnx.state(m, nnx.Param) for m in (ema, model)))
+    nnx.update(ema, weights)
+    nmjax.nnx.set_state(ema, nmjax.nnx.state(model))
+    state = nmjax.nnx.state(ema)
+    nmjax.check(nmjax.nnx.params(ema), plan, state)
+    expected = nmjax.bake({"kernel": weights["kernel"][...]}, plan, state)
+    np.testing.assert_allclose(ema(jnp.eye(8)), expected["kernel"])
+
+
 def test_set_state_refuses_what_is_not_of_the_model():
     model = pair()
     rules = [nmjax.Rule("a", FROZEN), nmjax.Rule("b", "2:4")]
