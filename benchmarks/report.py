@@ -29,7 +29,7 @@ def machine():
     }
 
 
-def write(name, title, rows):
+def write(name, title, rows, folder=RESULTS):
     """Prints a Markdown table of the rows and writes it, with the details as JSON.
 
     Args:
@@ -37,6 +37,7 @@ def write(name, title, rows):
         jax has another device than the CPU, that is in the name too.
       title: What the table shows.
       rows: Dictionaries with the same keys.
+      folder: In place of `results`.
     """
     environment, keys = machine(), list(rows[0])
     lines = [title, "", ", ".join(f"{k} {v}" for k, v in environment.items()), ""]
@@ -44,12 +45,12 @@ def write(name, title, rows):
     lines += ["| " + " | ".join(str(row[k]) for k in keys) + " |" for row in rows]
     text = "\n".join(lines) + "\n"
     print(text)
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     python = ".".join(platform.python_version_tuple()[:2])
     stem = f"{name}-python{python}-jax{jax.__version__}"
     if jax.default_backend() != "cpu":
         stem += "-" + environment["device"].replace(" ", "_")
-    path = RESULTS / stem
+    path = folder / stem
     pathlib.Path(f"{path}.md").write_text(text)
     record = {"machine": environment, "rows": rows}
     pathlib.Path(f"{path}.json").write_text(json.dumps(record, indent=1) + "\n")

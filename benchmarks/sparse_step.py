@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from report import write
+from report import RESULTS, write
 
 import nmjax
 from nmjax import recipes
@@ -31,9 +31,9 @@ RECIPES = {
     "semi_sparse_activation, exact": recipes.semi_sparse_activation(
         algorithm="largest_abs_values_exact"
     ),
-    "semi_sparse_activation": recipes.semi_sparse_activation(),
-    "semi_sparse_weight": recipes.semi_sparse_weight(),
     "two_by_four": recipes.two_by_four(),
+    "semi_sparse_weight": recipes.semi_sparse_weight(),
+    "semi_sparse_activation": recipes.semi_sparse_activation(),
 }
 
 
@@ -59,6 +59,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=44160)
     parser.add_argument("--features", type=int, nargs=2, default=(1024, 4096))
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--output-dir", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     measurements.TUNED = options.tuned
     device = this_device()
@@ -72,17 +73,17 @@ def main():
         jax.random.key(0), (options.tokens, options.features[0]), jnp.bfloat16
     )
     params = jax.jit(model.init)(jax.random.key(1), x)["params"]
-    step, _ = compiled(model, {}, params, x)
-    dense = Contender("dense", lambda: step(params, x))
+    title = (
+        f"Forward and backward pass of an MLP {'-'.join(map(str, options.features))}, "
+        f"{options.tokens} tokens, bfloat16"
+    )
+    dense, _ = contender("dense", model, {}, params, x)
     rows = []
     for name, recipe in RECIPES.items():
         rules = [nmjax.Rule(".*", recipe)]
         state = nmjax.init_state(params, nmjax.plan(model, rules, x))
-        sparse, count = compiled(nmjax.sparsify(model, rules), state, params, x)
-        contenders = [dense, Contender(name, lambda run=sparse: run(params, x))]
-        for contender in contenders:
-            contender.wait(contender.run())
-        times = race(contenders, rounds=options.rounds, seconds=0.05)
+        sparse, count = contender(name, nmjax.sparsify(model, rules), state, params, x)
+        times = race([dense, sparse], rounds=options.rounds, seconds=0.05)
         low, median, high = quartiles(times["dense"] / times[name])
         rows.append(
             {
@@ -94,25 +95,23 @@ def main():
                 "quartiles": [round(low, 3), round(high, 3)],
             }
         )
-        print(rows[-1], flush=True)  # whoever is stopped has those before
-    title = (
-        f"Forward and backward pass of an MLP {'-'.join(map(str, options.features))}, "
-        f"{options.tokens} tokens, bfloat16"
-    )
-    write("sparse_step", title, rows)
+        # After each: whoever is stopped has those before.
+        write("sparse_step", title, rows, options.output_dir)
 
 
-def compiled(model, state, params, x):
-    """The gradients by parameters and x as an executable; how many GEMMs are sparse."""
+def contender(name, model, state, params, x):
+    """The gradients by parameters and x, run once; how many GEMMs are sparse."""
 
-    def loss(params, x):
+    def loss(params, x, state):
         variables = {"params": params, "nm": state} if state else {"params": params}
         y = model.apply(variables, x, rngs={"nm": jax.random.key(2)})
         return jnp.mean(y.astype(jnp.float32) ** 2)
 
-    step = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile()
+    step = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, state).compile()
+    jax.block_until_ready(step(params, x, state))
     calls = [line for line in step.as_text().splitlines() if "custom-call(" in line]
-    return step, sum("nm_matmul" in call for call in calls)
+    count = sum("nm_matmul" in call for call in calls)
+    return Contender(name, lambda: step(params, x, state)), count
 
 
 if __name__ == "__main__":

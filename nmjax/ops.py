@@ -26,7 +26,6 @@ the `custom_vjp`: the comment there is for the user.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -289,22 +288,18 @@ def _conv_of_patches(gemm: Conv, x: jax.Array, w: jax.Array, **aux) -> jax.Array
         gemm.rhs_dilation,
     )  # (N, *out, window, channels)
     outputs, groups = patches.shape[:-2], gemm.feature_group_count
-    tokens, positions = math.prod(outputs), patches.shape[-2]
-    # One axis at a time: of an array with an explicit sharding reshape splits but one.
-    patches = patches.reshape(tokens, positions, -1)
-    patches = patches.reshape(tokens, positions, groups, -1)
-    patches = jnp.moveaxis(patches, 2, 0).reshape(groups, tokens, -1)
-    matrix = w.reshape(-1, groups, w.shape[-1] // groups)  # (window · C/g, g, out/g)
-    y = nm_dot_general(
-        patches,
-        matrix,
-        (((2,), (0,)), ((0,), (1,))),
-        gemm.precision,
-        gemm.preferred_element_type,
-        **aux,
-    )
-    y = jnp.moveaxis(y, 0, 1).reshape(tokens, -1)  # features are group-major
-    y = y.reshape(*outputs, -1)
+    if groups == 1:
+        patches, w = patches.reshape(*outputs, -1), w.reshape(-1, w.shape[-1])
+        axes = ((len(outputs),), (0,)), ((), ())
+    else:
+        patches = patches.reshape(*patches.shape[:-1], groups, -1)
+        patches = jnp.moveaxis(patches, -2, 0).reshape(groups, *outputs, -1)
+        w = w.reshape(-1, groups, w.shape[-1] // groups)  # (window · C/g, g, out/g)
+        axes = ((len(outputs) + 1,), (0,)), ((0,), (1,))
+    dtypes = gemm.precision, gemm.preferred_element_type
+    y = nm_dot_general(patches, w, axes, *dtypes, **aux)
+    if groups > 1:
+        y = jnp.moveaxis(y, 0, -2).reshape(*outputs, -1)  # features are group-major
     batch, features, *space = numbers.out_spec
     order = (batch, *space, features)
     return jnp.transpose(y, [order.index(axis) for axis in range(y.ndim)])

@@ -5,9 +5,8 @@ convolution's too, can run on the kernels of `pallas_kernels`. It does where
 `pallas_kernels.dispatch` knows a measurement of this device that says so, the time to
 compress the operand included; elsewhere, and that is everywhere until a device was
 measured with `python -m pallas_kernels.bench --tune`, the product of the masked operand
-is dense. Both accumulate in float32 and
-round once. On a kernel a layer has gradients to any order in reverse mode, but no
-Hessian.
+is dense. Both accumulate in float32 and round once. On a kernel a layer has gradients
+to any order in reverse mode, but no Hessian.
 
 On several devices XLA's partitioner cuts the product as it cuts a dense one
 (`pallas_kernels.partitioning`); whether a part is sparse is decided by its own sizes.
@@ -81,8 +80,8 @@ def both_ways(gemm: Any, recipe: Recipe, x: jax.Array, w: jax.Array) -> BothWays
 
     Returns:
       None where a GEMM is to be dense, the mask is not the exact one, 4 does not divide
-      the tokens, or XLA is to cut the products over several devices: how large the
-      parts are, and whether sparse, is only known then.
+      the tokens, or XLA may cut the products over several devices: how large the parts
+      are, and whether sparse, is only known then.
     """
     if recipe.tile != EXACT or recipe.wgrad != "activation":
         return None
@@ -106,9 +105,14 @@ def both_ways(gemm: Any, recipe: Recipe, x: jax.Array, w: jax.Array) -> BothWays
 
 
 def _is_whole(x: jax.Array) -> bool:
-    """Whether XLA will not cut an array: it is on one device, or a device's part."""
+    """Whether XLA will not cut an array: it is on one device, or a device's part.
+
+    Of an array without a mesh nothing is known, where there are several devices.
+    """
     types, mesh = axis_types(x), jax.typeof(x).sharding.mesh
-    return types <= {AxisType.Manual} or (types == {AxisType.Auto} and mesh.size == 1)
+    if not types:
+        return jax.device_count() == 1
+    return types == {AxisType.Manual} or (types == {AxisType.Auto} and mesh.size == 1)
 
 
 def on_tensor_core(

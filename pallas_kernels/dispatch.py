@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import measurements, reference
+from pallas_kernels import implementations, measurements, reference
 from pallas_kernels.config import Config
 from pallas_kernels.devices import DATA_SHEETS, Device, data_sheet, this_device
 from pallas_kernels.format import NMCompressed
@@ -112,12 +112,15 @@ def judge(
         if measured is None:
             what = f"no measurement for {name} yet"
         return Choice("reference", f"{what}: run `{TUNE}`; {_DENSE}")
+    if compressing and name not in implementations.PROVEN_ON:
+        what = f"no kernel of compression is proven on {name}"
+        return Choice("reference", f"{what} (implementations.PROVEN_ON): {_DENSE}")
     ratios: dict[Measurement, Any] = {
         entry: entry.compressing if compressing else entry.ratio for entry in near
     }
     if None in ratios.values():
         what = f"no kernel compressed near m, n, k = {m}, {n}, {k} on {name}"
-        return Choice("reference", f"{what}: {_DENSE}")
+        return Choice("reference", f"{what}: run `{TUNE}`; {_DENSE}")
     slowest = min(near, key=lambda entry: ratios[entry])
     low, median, high = ratios[slowest]
     words = (

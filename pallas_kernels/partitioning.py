@@ -55,8 +55,8 @@ def partitioned(product: Product, transpose_lhs: bool, transpose_rhs: bool) -> P
     """
     lhs = "k i" if transpose_lhs else "i k"
     rhs = "j k" if transpose_rhs else "k j"
-    cut = custom_partitioning(lambda lhs, rhs: product(lhs, rhs))
-    cut.def_partition(
+    cut = _cuttable(
+        lambda lhs, rhs: product(lhs, rhs),
         functools.partial(_cut, product, transpose_lhs, transpose_rhs),
         sharding_rule=f"{lhs}, {rhs} -> i j",
         reduction_factors=("k",),
@@ -116,8 +116,8 @@ def partitioned_gemm(
     if bias is not None:
         rule += ", m" if form.bias_along_m else ", n"
 
-    cut = custom_partitioning(functools.partial(_on_arrays, gemm, form))
-    cut.def_partition(
+    cut = _cuttable(
+        functools.partial(_on_arrays, gemm, form),
         functools.partial(_parts_of_gemm, gemm, form),
         sharding_rule=f"{rule} -> " + ("n m" if form.out_is_nm else "m n"),
         reduction_factors=("k", "h", "r", "w"),  # in the order of the rule
@@ -176,8 +176,8 @@ def partitioned_compression(
     """
     units = {axis: _WORD[axis in axes] for axis in (-2, -1)}
     rule, sizes = _rule_of_compression(w, axes, units)
-    cut = custom_partitioning(compress)
-    cut.def_partition(
+    cut = _cuttable(
+        compress,
         functools.partial(_parts_of_compression, compress, units),
         sharding_rule=rule,
         **sizes,
@@ -227,6 +227,18 @@ def _parts_of_compression(compress: Compress, units, mesh, operands, forms):
         return jax.tree.map(lambda _: where, form)
 
     return mesh, compress, [sharding(form) for form in forms], (_sharding(mesh, i, j),)
+
+
+def _cuttable(function: Callable, parts: Callable, **rule: Any) -> Callable:
+    """`function`, which the partitioner cuts into `parts` by a rule for Shardy.
+
+    With `jax_use_shardy_partitioner` off it is `function` itself, and XLA gathers.
+    """
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+        return function
+    cut = custom_partitioning(function)
+    cut.def_partition(parts, **rule)
+    return cut
 
 
 def axis_types(*operands: jax.Array) -> set[AxisType]:

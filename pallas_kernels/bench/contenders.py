@@ -287,9 +287,6 @@ def measure(
     try:
         entrants = Race(product, dtype, sets=sets)
         sparse = entrants.sparse(implementation)
-        layers = []
-        if missing_compression() is None:
-            layers.append(entrants.compressing(implementation))
     except NotImplementedError as error:
         return dataclasses.replace(row, status=f"cannot run: {error}")
     except WrongResult as error:
@@ -297,7 +294,15 @@ def measure(
     # What the compiler or the driver refuses costs this row, not those before it.
     except jax.errors.JaxRuntimeError as error:
         return dataclasses.replace(row, status=f"FAILED: {error}"[:300])
-    rivals, notes = [], []
+    layers, rivals, notes = [], [], []
+    if missing_compression() is None:
+        where = f"with compression, {product.layer}, n = {product.n}"
+        try:
+            layers.append(entrants.compressing(implementation))
+        except WrongResult as error:
+            notes.append(f"WRONG {where}: {error}")
+        except Exception as error:  # of another kernel: the product's own time counts
+            notes.append(f"FAILED {where}: {type(error).__name__}: {error}"[:300])
     if missing_cusparselt() is None:
         try:
             rivals.append(entrants.cusparselt())

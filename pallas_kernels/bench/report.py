@@ -42,7 +42,7 @@ class Row:
       compressing: The same where A is compressed on the way; None where it is not.
       rivals_us: Median times in µs of others, by name.
       rivals_ratio: Quartiles of their time over the sparse time, by name.
-      notes: Why a rival is not there.
+      notes: Why a rival, or the time with compression, is not there.
     """
 
     product: Product
@@ -59,8 +59,9 @@ class Row:
 
     @property
     def bad(self) -> bool:
-        """Whether a result was not the oracle's, or there is none: no time counts."""
-        return self.status.startswith(("WRONG", "FAILED"))
+        """Whether a result was not the oracle's, or is not there, of ours."""
+        said = (self.status, *self.notes)
+        return any(text.startswith(("WRONG", "FAILED")) for text in said)
 
     @property
     def tflops(self) -> float:

@@ -127,6 +127,18 @@ def test_convolutions_of_a_cut_batch(rng, recipe):
     check_dot(rng, run, *shapes, mesh_of(2, 2), P(("a", "b")), P())
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_pointwise_convolution_of_images_cut_by_their_rows(rng, groups):
+    def loss(x, w, key):
+        options = {"recipe": ACTIVATION, "key": key, "feature_group_count": groups}
+        numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        return jnp.sum(nm_conv(x, w, (1, 1), "SAME", **numbers, **options) ** 2)
+
+    run = jax.value_and_grad(loss, (0, 1))
+    shapes = (4, 4, 4, 8), (1, 1, 8 // groups, 4)
+    check_dot(rng, run, *shapes, mesh_of(2, 2), P(None, "a"), P())
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -146,6 +146,7 @@ def passes(monkeypatch, products):
     compress_here = sparse_products.compress_transposable
     monkeypatch.setattr(sparse_products, "compress_transposable", compress_transposable)
     monkeypatch.setattr(matmul.dispatch, "choose", choose)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     return seen
 
 
@@ -199,9 +200,49 @@ def test_the_mask_of_one_pass_is_that_of_the_dense_product(products, passes, rng
     )
 
 
+def on_mesh(array, devices, axis_type):
+    """With its first axis on so many devices."""
+    types = (getattr(jax.sharding.AxisType, axis_type),)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=types)
+    spec = jax.sharding.PartitionSpec("data")
+    return jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
+
+
+def test_one_pass_on_a_mesh_of_one_device(products, passes, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    x = on_mesh(jnp.ones((T, K), jnp.bfloat16), 1, "Auto")
+    w, numbers = jnp.ones((K, N), jnp.bfloat16), (((1,), (0,)), ((), ()))
+    jax.jit(lambda x: nmjax.ops.nm_dot_general(x, w, numbers, recipe=EXACT))(x)
+    assert passes == []  # nothing is known of w
+    w = on_mesh(w, 1, "Auto")
+    product = lambda x, w: nmjax.ops.nm_dot_general(x, w, numbers, recipe=EXACT)  # noqa: E731
+    jax.jit(product)(x, w)
+    assert passes == [(T, K)]
+
+
+@pytest.mark.parametrize("window", [(1, 1), (2, 2)])
+def test_patches_of_a_convolution_go_through_one_pass(rng, products, passes, window):
+    layer = nn.Conv(N, window, use_bias=False, dtype=jnp.bfloat16)
+    model = nmjax.sparsify(layer, [nmjax.Rule(".*", EXACT)])
+    x = jnp.asarray(rng.standard_normal((2, 4, 2, 8)), jnp.bfloat16)
+    params = model.init(jax.random.key(0), x)["params"]
+    passes.clear()
+
+    def loss(params, x):
+        return (model.apply({"params": params}, x).astype(jnp.float32) ** 2).sum()
+
+    both = jax.value_and_grad(loss, (0, 1))
+    actual = both(params, x)
+    assert passes == [(16, 8 * window[0] * window[1])]
+    assert_like_dense(actual, both, params, x)
+
+
 @pytest.mark.parametrize(
     "change",
-    ["greedy", "tokens", "float32", "batch", "mesh", "slower"],
+    [
+        *("greedy", "tokens", "float32", "mixed", "batch", "slower"),
+        *("mesh", "mesh of w", "explicit", "several devices"),
+    ],
 )
 def test_one_pass_is_not_taken_where_it_cannot_be(
     products, passes, monkeypatch, change
@@ -216,11 +257,16 @@ def test_one_pass_is_not_taken_where_it_cannot_be(
         x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     if change == "batch":
         x, w, numbers = x[None], w[None], (((2,), (1,)), ((0,), (0,)))
+    if change == "mixed":
+        w = w.astype(jnp.float16)
+    if change == "several devices":  # of which nothing is known
+        monkeypatch.setattr(jax, "device_count", lambda: 2)
     if change == "mesh":
-        axis_types = (jax.sharding.AxisType.Auto,)
-        mesh = jax.make_mesh((2,), ("data",), axis_types=axis_types)
-        spec = jax.sharding.PartitionSpec("data")
-        x = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+        x = on_mesh(x, 2, "Auto")
+    if change == "mesh of w":
+        w = on_mesh(w, 2, "Auto")
+    if change == "explicit":
+        x = on_mesh(x, 1, "Explicit")
     if change == "slower":
         monkeypatch.setattr(
             sparse_products, "judge", lambda *_, **__: Choice("reference")

@@ -224,7 +224,17 @@ def test_a_row_has_the_ratio_with_compression(compression, monkeypatch):
     lossy = lambda a, **options: compress(a, jnp.zeros(a.shape, bool), axis=-2)  # noqa: E731
     monkeypatch.setattr(contenders, "compress_magnitude", lossy)
     row = contenders.measure(SMALL, "reference", "bfloat16", **options)
-    assert row.status.startswith("WRONG: reference compressing (k, m) is off by")
+    (note,) = row.notes
+    assert note.startswith("WRONG with compression, vit_x fc1, n = 48: reference comp")
+    assert row.bad and row.status == "ok" and row.ratio[1] > 0 and not row.compressing
+
+    def refuses(a, **options):
+        raise ValueError("lowering failed")
+
+    monkeypatch.setattr(contenders, "compress_magnitude", refuses)
+    row = contenders.measure(SMALL, "reference", "bfloat16", **options)
+    assert row.bad and row.ratio[1] > 0
+    assert "FAILED with compression, vit_x fc1, n = 48: ValueError: low" in row.notes[0]
 
 
 def test_what_launches_may_set_the_time_of_is_marked(monkeypatch):
@@ -543,6 +553,37 @@ def test_tuning_times_the_compression_of_both_layouts(tunable, compression, caps
     (entry,) = measurements.load(H200.name).entries
     low, median, high = entry.compressing
     assert f"with compression {median:.2f}x" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", [None, -1])
+def test_the_slower_layout_counts_and_none_alone(
+    tunable, compression, monkeypatch, broken
+):
+    def compress_magnitude(a, *, axis, **options):
+        if axis == broken:
+            raise ValueError("lowering failed")
+        return compress_here(a, axis=axis, **options)
+
+    def race_of(racing, **options):  # the dense product takes 8, from (k, m) 4
+        seconds = {"dense": 8, "sm90": 2, "sm90 compressing (k, m)": 4}
+        return {c.name: np.full(3, seconds.get(c.name, 5)) for c in racing}
+
+    compress_here = contenders.compress_magnitude
+    monkeypatch.setattr(contenders, "compress_magnitude", compress_magnitude)
+    monkeypatch.setattr(tuning, "race", race_of)
+    options = {"rounds": 1, "seconds": 1e-3, "said": print, "sets": 1}
+    tuned = tuning.tune(
+        SMALL,
+        tuning.search_space()[:1],
+        kernel="sm90",
+        dtype="bfloat16",
+        **options,
+    )
+    assert tuned.measurement.ratio == (4, 4, 4)
+    assert tuned.measurement.compressing == (None if broken else (1.6, 1.6, 1.6))
+    assert tuned.failed == (
+        ("compressing: ValueError: lowering failed",) if broken else ()
+    )
 
 
 @pytest.mark.slow

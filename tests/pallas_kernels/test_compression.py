@@ -219,6 +219,18 @@ def test_each_device_compresses_its_part(compress, kernels, rng):
     np.testing.assert_array_equal(sharded, gradient(w[0]))
 
 
+def test_without_shardy_xla_gathers(kernels, rng):
+    w = rng.standard_normal((128, 64)).astype(np.float32)
+    before = jax.config.jax_use_shardy_partitioner
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        (form,) = jax.jit(magnitude)(on_four_devices(w, "a", "b"))
+        assert kernels.parts == [(128, 64)]
+        assert_same(form, magnitude(w)[0])
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", before)
+
+
 def test_a_product_takes_what_each_device_compressed(kernels, rng):
     x = rng.integers(-3, 4, (8, 128)).astype(jnp.bfloat16)
     w = rng.integers(-3, 4, (128, 64)).astype(jnp.bfloat16)

@@ -16,6 +16,7 @@ from pallas_kernels import (
     decompress,
     devices,
     dispatch,
+    implementations,
     matmul,
     measurements,
     nm_matmul,
@@ -90,7 +91,7 @@ def test_the_crossover_in_tokens_is_where_it_was_measured(tuned):
     assert "0.70x the dense product's speed (0.69 to 0.71)" in judge(n=512).reason
 
 
-def test_a_layer_counts_its_compression(tuned):
+def test_a_layer_counts_its_compression(tuned, monkeypatch):
     """Where A is compressed at every call, a faster product can be a slower layer."""
 
     def in_layer(n):
@@ -105,6 +106,8 @@ def test_a_layer_counts_its_compression(tuned):
         entry(8192, 1.5, compressing=(1.2, 1.25, 1.3)),
     )
     assert [judge(n=n).name for n in (512, 2048, 8192)] == ["sm90"] * 3
+    assert "no kernel of compression is proven on NVIDIA H200" in in_layer(8192).reason
+    monkeypatch.setattr(implementations, "PROVEN_ON", {H200.name})
     unknown, slower, faster = (in_layer(n) for n in (512, 3000, 8192))
     assert (unknown.name, slower.name, faster.name) == (
         "reference",
