@@ -14,19 +14,18 @@ from typing import Any, cast
 import jax
 from flax import nnx
 
-from nmjax.nnx.recording import Weight, make_weight
-from nmjax.nnx.variables import (
-    NMFlipRate,
-    NMKey,
-    NMLogits,
-    NMMask,
-    NMNumber,
-    check_dtypes,
+from nmjax.nnx.entries import (
+    kept_entry,
+    new_entries,
+    remove,
+    remove_entry,
+    store_entry,
 )
-from nmjax.paths import named_leaves
+from nmjax.nnx.recording import make_weight
+from nmjax.nnx.variables import NMFlipRate, NMKey, NMLogits, NMMask, NMNumber
 from nmjax.pattern import NMPattern
 from nmjax.planning import PlanError, check_sharding, make_plan
-from nmjax.plans import Plan, PlanEntry
+from nmjax.plans import PlanEntry
 from nmjax.recipe import Recipe
 from nmjax.recipes import as_recipe
 from nmjax.rules import Rule
@@ -36,11 +35,9 @@ from nmjax.sparse_kernel import (
     MaskKernel,
     PromoteKernel,
     SparseKernel,
-    keys_of,
 )
 from nmjax.sparse_kernel import Einsum as EinsumOp
-from nmjax.sparsity import MASKS, NUMBERS, Entry, Sparsity
-from nmjax.state import entries_of, init_logits, init_state
+from nmjax.sparsity import MASKS, Sparsity
 
 RecipeLike = Recipe | NMPattern | str | None
 
@@ -289,7 +286,7 @@ def make_sparse(layer: Any, entry: PlanEntry) -> bool:
     sparsity = dataclasses.replace(Sparsity.of(entry), path=path)
     if getattr(layer, "nm_sparsity", None) == sparsity:
         return False
-    _remove_entry(layer)
+    remove_entry(layer)
     object.__setattr__(layer, "__class__", _sparse_class(type(layer)))
     layer.nm_sparsity = sparsity
     if sparsity.recipe.mask == "learned" and "deterministic" not in vars(layer):
@@ -301,130 +298,8 @@ def make_dense(module: Any) -> None:
     """Takes from a module what `make_sparse` gave it, and a recipe of its own."""
     if not isinstance(module, _SparseLayer):
         return
-    _remove_entry(module)
-    _remove(module, "nm_recipe", "nm_sparsity")
+    remove_entry(module)
+    remove(module, "nm_recipe", "nm_sparsity")
     # A user's subclass of a layer of this module has no base: dense as it is now.
     base = vars(type(module)).get("nm_base", type(module))
     object.__setattr__(module, "__class__", base)
-
-
-def _remove_entry(layer: Any) -> None:
-    """Takes from a layer what its recipe had it keep."""
-    if getattr(layer, "nm_mode", False):
-        _remove(layer, "nm_mode", "deterministic")
-    _remove(layer, *_ENTRY)
-
-
-def _remove(layer: Any, *names: str) -> None:
-    for name in names:
-        if name in vars(layer):
-            delattr(layer, name)
-
-
-def keeps_entry(layer: Any) -> bool:
-    """Whether the layer's recipe keeps something in the state."""
-    sparsity = getattr(layer, "nm_sparsity", None)
-    return sparsity is not None and sparsity.recipe.needs_state
-
-
-def kept_entry(layer: Any, path: str) -> dict[str, jax.Array]:
-    """What a layer keeps: its entry of the state, and logits.
-
-    Args:
-      layer: The layer.
-      path: For the message.
-
-    Raises:
-      ValueError: The recipe keeps something that is not there, or the layer has what is
-        kept by another; a mask is not bool, or an order not an integer.
-    """
-    recipe = layer.nm_sparsity.recipe
-    entry = {}
-    kept = recipe.state_names
-    strange = [
-        name
-        for name in (*MASKS, *NUMBERS)
-        if name not in kept and getattr(layer, f"nm_{name}") is not None
-    ]
-    if strange:
-        raise ValueError(
-            f"{path}: the layer holds {strange} of another recipe, perhaps since "
-            f"nnx.update, and {recipe.name!r} keeps {sorted(kept) or 'nothing'}: take "
-            "the parameters alone, nnx.state(model, nnx.Param)"
-        )
-    for name in _KEPT:
-        variable = getattr(layer, f"nm_{name}")
-        if variable is not None:
-            entry[name] = variable.get_value()
-        elif name in recipe.state_names:
-            raise ValueError(
-                f"{path}: recipe {recipe.name!r} keeps its {name} in the state and "
-                "none was given; call nmjax.nnx.set_state(model, "
-                "nmjax.init_state(nmjax.nnx.params(model), plan))"
-            )
-    check_dtypes(path, entry)
-    return entry
-
-
-_KEPT = (*MASKS, *NUMBERS, "logits")
-_ENTRY = (*(f"nm_{name}" for name in _KEPT), "nm_flip_rate", "nm_key")
-
-
-def new_entries(params: Any, plan: Plan) -> dict[str, dict[str, jax.Array]]:
-    """What recipes keep for each weight, and logits of learned masks, by path."""
-    entries = entries_of(init_state(params, plan))
-    for path, logits in named_leaves(init_logits(params, plan)).items():
-        entries.setdefault(path, {})["logits"] = logits
-    return entries
-
-
-def store_entry(weight: Weight, entry: Entry) -> None:
-    """Puts what is kept for a weight into the layers that read it.
-
-    Args:
-      weight: The weight.
-      entry: Its entry of a state, "logits" among it or not: then they stay.
-    """
-    metadata = weight.param.get_metadata()
-    sharding = {key: metadata[key] for key in _SHARDING if key in metadata}
-    kinds: dict[str, Callable[..., nnx.Variable]] = {
-        **dict.fromkeys(MASKS, functools.partial(NMMask, **sharding)),
-        **dict.fromkeys(NUMBERS, NMNumber),
-        "flip_rate": NMFlipRate,
-        "logits": NMLogits,
-    }
-    for name, kind in kinds.items():
-        if name in entry:
-            x = entry[name]
-            _put(weight, f"nm_{name}", functools.partial(kind, x), x)
-
-
-def store_key(weight: Weight, key: jax.Array | None) -> None:
-    """Puts random bits into the layers that read a weight; None takes them away."""
-    if key is None:
-        for layer in weight.layers:
-            _remove(layer, "nm_key")
-        return
-    sparsity = weight.layers[0].nm_sparsity
-    path = weight.candidate.path
-    keys = keys_of(
-        key, dataclasses.replace(sparsity, path=path), weight.candidate.shape
-    )
-    _put(weight, "nm_key", lambda: NMKey(keys), keys)
-
-
-_SHARDING = ("out_sharding", "sharding_rules", "mesh")
-
-
-def _put(
-    weight: Weight, name: str, make: Callable[[], nnx.Variable], value: Any
-) -> None:
-    """Sets a Variable of all layers that share a weight; makes it where it is new."""
-    variable = getattr(weight.layers[0], name)
-    if variable is None:
-        variable = make()
-    else:
-        variable.set_value(value)
-    for layer in weight.layers:
-        if getattr(layer, name) is not variable:
-            setattr(layer, name, variable)

@@ -6,17 +6,17 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from nmjax.nnx.layers import (
+from nmjax.nnx.entries import (
+    check_dtypes,
     keeps_entry,
     kept_entry,
-    make_dense,
-    make_sparse,
     new_entries,
     store_entry,
     store_key,
 )
+from nmjax.nnx.layers import make_dense, make_sparse
 from nmjax.nnx.recording import Weight, find_weights
-from nmjax.nnx.variables import NMLogits, check_dtypes
+from nmjax.nnx.variables import NMLogits
 from nmjax.paths import nest
 from nmjax.planning import check_entry_sharding, log_dense_layers, make_plan
 from nmjax.plans import Plan

@@ -1,9 +1,6 @@
 """What a sparse nnx layer keeps beside its kernel, each a Variable of its own type."""
 
-import jax.numpy as jnp
 from flax import nnx
-
-from nmjax.sparsity import MASKS, Entry
 
 
 class NMMask(nnx.Variable):
@@ -39,24 +36,3 @@ class NMLogits(nnx.Param):
     `nmjax.nnx.logits` and `nmjax.nnx.params` tell them from weights; to train them
     alone, `nnx.grad(loss, argnums=nnx.DiffState(0, nmjax.nnx.NMLogits))`.
     """
-
-
-def check_dtypes(path: str, entry: Entry) -> None:
-    """Refuses masks and orders that an average or a cast has made numbers.
-
-    Args:
-      path: For the message.
-      entry: What is kept for a weight.
-
-    Raises:
-      ValueError: A mask is not bool, or an order of outputs not an integer.
-    """
-    masks = [(name, jnp.bool_, "bool") for name in MASKS]
-    for name, kind, word in (*masks, ("output_order", jnp.integer, "an integer")):
-        if name in entry and not jnp.issubdtype(entry[name].dtype, kind):
-            raise ValueError(
-                f"{path}: its {name} is {entry[name].dtype}, not {word}, perhaps since "
-                "the whole state was averaged or cast: do that to the parameters "
-                "alone, nnx.state(model, nnx.Param), and give masks back with "
-                "nmjax.nnx.set_state(model, state)"
-            )
