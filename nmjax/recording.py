@@ -125,7 +125,8 @@ class _Tag(meta.AxisMetadata):
     """A parameter that remembers its path and which stored axes it still has.
 
     Flax opens it where a layer asks for its parameter. Whoever takes it from
-    `variables` or `get_variable` finds an array all the same, which is noted.
+    `variables` or `get_variable` finds what operators and jnp take for an array, and
+    is noted. What `jax.tree` functions take out of it is not.
     """
 
     def __init__(self, value, static):
@@ -160,6 +161,8 @@ class _Tag(meta.AxisMetadata):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in ("shape", "ndim", "size", "dtype"):
+            return getattr(self.value, name)
         return getattr(self.__jax_array__(), name)
 
 
@@ -167,11 +170,13 @@ def _as_array(name: str) -> Callable[..., Any]:
     return lambda tag, *others: getattr(tag.__jax_array__(), name)(*others)
 
 
-for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
+_BINARY = "add sub mul truediv floordiv mod matmul pow and or xor lshift rshift"
+_OTHERS = "lt le gt ge neg pos abs invert getitem len iter"
+for _name in _BINARY.split():
     setattr(_Tag, f"__{_name}__", _as_array(f"__{_name}__"))
     setattr(_Tag, f"__r{_name}__", _as_array(f"__r{_name}__"))
-for _name in ("__neg__", "__abs__", "__getitem__"):
-    setattr(_Tag, _name, _as_array(_name))
+for _name in _OTHERS.split():
+    setattr(_Tag, f"__{_name}__", _as_array(f"__{_name}__"))
 
 
 def _is_tag(parameter: Any, token: object) -> bool:
@@ -187,6 +192,12 @@ def _note_layer(found, layer, args, kwargs, stored, token):
     _, path, rank, stored_axes = tag.static
     _refuse_another_weight(path, tag.value, stored[path])
     ndim = tag.value.ndim
+    if ndim != len(stored_axes):
+        raise PlanError(
+            f"{path}: a layer reads {ndim} of its {len(stored_axes)} axes, of which a "
+            "jax.lax.scan or jax.vmap within the model took the others: use nn.scan or "
+            "nn.vmap, or mask it with nmjax.plan_params and nmjax.sparsify_params"
+        )
     axes = contracted_axes(layer, ndim, args, kwargs)
     if axes is None:
         return
@@ -216,8 +227,11 @@ def _refuse_another_weight(path, kernel, stored):
 
     Where no scan, vmap, remat or jit is around the layer, what it reads is the stored
     array itself. Inside a scan, remat or jit it is an input of what is traced there,
-    which no equation made; inside a vmap nothing is known.
+    which no equation made; inside a vmap nothing is known. Steps that change no value
+    may lie between.
     """
+    while (step := getattr(kernel, "parent", None)) and step.primitive.name in _MOVES:
+        kernel = step.in_tracers[[v is kernel.val for v in step.outvars].index(True)]
     if kernel is stored:
         return
     same_trace = getattr(kernel, "_trace", None) is stored._trace
@@ -227,6 +241,13 @@ def _refuse_another_weight(path, kernel, stored):
             "or weights that it computes from them), and masks are of parameters as "
             "stored; mask them with nmjax.plan_params and nmjax.sparsify_params"
         )
+
+
+# Primitives whose results are their operands, one by one.
+_MOVES = (
+    *("copy", "device_put", "name", "optimization_barrier", "reshard"),
+    *("sharding_constraint", "stop_gradient"),
+)
 
 
 def _note_own_parameters(found, module, token):

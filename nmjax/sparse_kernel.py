@@ -81,6 +81,12 @@ class KernelBox(meta.AxisMetadata):
         """Children of the pytree: `value` and `entry`; static: `sparsity`."""
         self.value, self.entry, self.sparsity = value, entry, sparsity
 
+    # Of the weight, for a model that asks: to read values by hand is refused.
+    shape = property(lambda self: self.value.shape)
+    ndim = property(lambda self: self.value.ndim)
+    size = property(lambda self: self.value.size)
+    dtype = property(lambda self: self.value.dtype)
+
     def tree_flatten_with_keys(self):
         """Keys, children and static data, as jax asks for them."""
         attribute = jax.tree_util.GetAttrKey
@@ -250,6 +256,15 @@ def keys_of(key: jax.Array, sparsity: Sparsity, shape: tuple[int, ...]) -> jax.A
 
 
 def open_boxes(tree: Any) -> Any:
-    """The plain tree: every kernel box replaced by its master weight."""
+    """The plain tree: every kernel box replaced by its master weight.
+
+    What has no box comes back as it is.
+    """
     is_box = lambda node: isinstance(node, KernelBox)  # noqa: E731
+    try:
+        nodes = jax.tree.leaves(tree, is_leaf=is_box)
+    except ValueError:  # a dictionary whose keys have no order: no tree of jax's
+        return tree
+    if not any(map(is_box, nodes)):
+        return tree
     return jax.tree.map(lambda n: n.value if is_box(n) else n, tree, is_leaf=is_box)

@@ -48,7 +48,7 @@ def plan(model: Any, rules: Rules, *args: Any, **kwargs: Any) -> Plan:
     """
     if not isinstance(model, nn.Module):
         return _nnx_of(model).plan(model, as_rules(rules))
-    model = densify(model)
+    model = _dense(model)
     arrays, rebuild = _split_arrays((args, kwargs))
 
     def variables(*arrays):
@@ -100,7 +100,7 @@ def sparsify(model: Model, rules: Rules) -> Model:
     rules = as_rules(rules)
     if not isinstance(model, nn.Module):
         return _nnx_of(model).sparsify(model, rules)
-    dense = densify(model)
+    dense = _dense(model)
     _refuse_parent(dense)
     return _sparse_class(type(dense), rules)(**_fields(dense), parent=None)
 
@@ -117,6 +117,13 @@ def densify(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         return _nnx_of(model).densify(model)
+    if not isinstance(model, _SparseModel):
+        return model
+    return type(model).nm_base(**_fields(model))
+
+
+def _dense(model: nn.Module) -> nn.Module:
+    """`densify` without a parent, whatever module runs around this call."""
     if not isinstance(model, _SparseModel):
         return model
     return type(model).nm_base(**_fields(model), parent=None)
@@ -193,7 +200,7 @@ class _SparseModel(_Base):
         The collection "nm" is the state, "nm_logits" what `nmjax.init_logits` made; the
         key `rngs={"nm": key}` is for recipes that draw, in training.
         """
-        dense = densify(self)
+        dense = _dense(self)
         variables = dict(variables)
         nm = variables.pop("nm", {})
         logits = variables.pop("nm_logits", {})
@@ -210,19 +217,22 @@ class _SparseModel(_Base):
         boxed = box_kernels(variables["params"], plan, entries, learned, key)
         with nn.intercept_methods(hook_boxed_layers):
             result = dense.apply({**variables, "params": boxed}, *args, **kwargs)
-        return open_boxes(result)  # of variables, and of gradients within the model
+        if kwargs.get("mutable", False) is False:
+            return open_boxes(result)  # of gradients within the model
+        output, mutated = result
+        return open_boxes(output), open_boxes(mutated)
 
     @nn.nowrap
     def init(self, rngs, *args, **kwargs):
         """As the model's own `init`, bit for bit; the rules are checked."""
-        variables = densify(self).init(rngs, *args, **kwargs)
+        variables = _dense(self).init(rngs, *args, **kwargs)
         self._plan_init(rngs, variables, args, kwargs)
         return variables
 
     @nn.nowrap
     def init_with_output(self, rngs, *args, **kwargs):
         """As `init`, with the output of the sparse model."""
-        variables = densify(self).init(rngs, *args, **kwargs)
+        variables = _dense(self).init(rngs, *args, **kwargs)
         plan = self._plan_init(rngs, variables, args, kwargs)
         params = variables.get("params", {})
         nm = {
@@ -235,22 +245,22 @@ class _SparseModel(_Base):
 
     def _plan_init(self, rngs, variables, args, kwargs):
         call = {**kwargs, "mutable": DenyList("params"), "rngs": _rngs(rngs)}
-        return _plan_of_call(self, densify(self), variables, args, call)
+        return _plan_of_call(self, _dense(self), variables, args, call)
 
     @nn.nowrap
     def tabulate(self, *args, **kwargs):
         """The model's own table."""
-        return densify(self).tabulate(*args, **kwargs)
+        return _dense(self).tabulate(*args, **kwargs)
 
     @nn.nowrap
     def lazy_init(self, *args, **kwargs):
         """The model's own `lazy_init`."""
-        return densify(self).lazy_init(*args, **kwargs)
+        return _dense(self).lazy_init(*args, **kwargs)
 
     @nn.nowrap
     def module_paths(self, *args, **kwargs):
         """The model's own module paths."""
-        return densify(self).module_paths(*args, **kwargs)
+        return _dense(self).module_paths(*args, **kwargs)
 
 
 def _rngs(rngs: Any) -> Any:

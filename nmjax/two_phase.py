@@ -149,7 +149,8 @@ def switched(opt_state: Any) -> jax.Array:
         raise ValueError(
             f"expected one TwoPhaseAdamState in the optimizer's state, found "
             f"{len(found)} in {type(opt_state).__name__}: give the state of an "
-            "optimizer with nmjax.two_phase_adam, and of several the part to ask"
+            "optimizer with nmjax.two_phase_adam (of nnx optimizer.opt_state), and of "
+            "several the part to ask"
         )
     (switched_at,) = jax.tree.leaves(found[0].switched_at)  # nnx: in a Variable
     return switched_at >= 0

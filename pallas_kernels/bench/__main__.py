@@ -209,7 +209,10 @@ class _Progress:
         left = spent / self._done * (self._steps - self._done)
         if not isinstance(outcome, str):
             ok = outcome.status == "ok"
-            outcome = f"{outcome.ratio[1]:.2f}x" if ok else outcome.status
+            said = [f"{outcome.ratio[1]:.2f}x" if ok else outcome.status]
+            if isinstance(outcome, Row):
+                said += outcome.notes
+            outcome = "; ".join(said)
         rate = self._done / max(spent, 1e-9) * 60
         self.say(f"{name}: {outcome}  ({rate:.3g} a minute, {left:.0f} s left)")
 

@@ -299,6 +299,8 @@ def measure(
         where = f"with compression, {product.layer}, n = {product.n}"
         try:
             layers.append(entrants.compressing(implementation))
+        except NotImplementedError as error:
+            notes.append(f"Not {where}: {error}")
         except WrongResult as error:
             notes.append(f"WRONG {where}: {error}")
         except Exception as error:  # of another kernel: the product's own time counts
@@ -309,7 +311,12 @@ def measure(
         except Exception as error:  # whatever another library says of itself
             notes.append(f"cuSPARSELt: {error}")
     racing = [entrants.dense, sparse, *layers, *rivals]
-    times = race(racing, rounds=rounds, seconds=seconds)
+    try:
+        times = race(racing, rounds=rounds, seconds=seconds)
+    except jax.errors.JaxRuntimeError as error:  # one before it broke the device
+        return dataclasses.replace(
+            row, status=f"FAILED: {error}"[:300], notes=(*notes,)
+        )
     ours = times[sparse.name]
     shortest = min(np.median(ours), np.median(times["dense"]))
     if jax.default_backend() == "gpu" and shortest < _LAUNCH:

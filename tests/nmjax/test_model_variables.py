@@ -1,5 +1,7 @@
 """Linen models that read, transform or pass on variables themselves."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -141,11 +143,15 @@ class Tied(nn.Module):
             return 2 * (
                 h @ jnp.transpose(self.table.get_variable("params", "embedding"))
             )
+        if self.read == "rows":
+            rows = self.table.variables["params"]["embedding"]
+            signs = (rows > 0) & (rows <= 1) | (rows % 1 < 0)
+            return h.sum() + sum(row.sum() for row in rows) / len(rows) + signs.sum()
         kernel = self.last.variables["params"]["kernel"]
         return h.sum() + (kernel**2).sum() - kernel[0, 0] + (-kernel).sum()
 
 
-@pytest.mark.parametrize("read", ["variables", "get_variable", "kernel"])
+@pytest.mark.parametrize("read", ["variables", "get_variable", "rows", "kernel"])
 def test_dense_parameters_may_be_read_by_hand(read):
     tokens = jnp.arange(8)[None]
     model = Tied(read)
@@ -167,6 +173,88 @@ def test_a_sparse_parameter_read_by_hand_is_refused():
         model.init(KEY, tokens)
     with pytest.raises(nmjax.PlanError, match=message):
         model.apply(Tied("kernel").init(KEY, tokens), tokens)
+
+
+class Scaled(nn.Module):
+    """Asks for what a kernel is, not for its values."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(8, name="layer")
+        y = layer(x)
+        kernel = layer.variables["params"]["kernel"]
+        assert kernel.dtype == jnp.float32 and kernel.size == 128 and kernel.ndim == 2
+        return y / kernel.shape[0]
+
+
+def test_the_shape_of_a_sparse_kernel_may_be_read():
+    variables, plan = Scaled().init(KEY, X), nmjax.plan(Scaled(), "2:4", X)
+    assert plan["layer/kernel"].sparse
+    y = nmjax.sparsify(Scaled(), "2:4").apply(variables, X)
+    baked = nmjax.bake(variables["params"], plan)
+    np.testing.assert_allclose(y, Scaled().apply({"params": baked}, X), rtol=1e-5)
+
+
+class ByHand(nn.Module):
+    """Layers of one shape, applied by jax's own scan."""
+
+    def setup(self):
+        stack = nn.vmap(
+            nn.Dense,
+            in_axes=None,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            axis_size=3,
+        )
+        self.layers = stack(16)
+
+    def __call__(self, x):
+        if self.is_initializing():
+            return self.layers(x)
+        layer = nn.Dense(16, parent=None)
+        step = lambda h, params: (layer.apply({"params": params}, h), None)  # noqa: E731
+        return jax.lax.scan(step, x, self.layers.variables["params"])[0]
+
+
+def test_weights_that_a_model_scans_itself_are_refused():
+    variables = ByHand().init(KEY, X)
+    ByHand().apply(variables, X)
+    message = "layers/kernel: a layer reads 2 of its 3 axes.*nn.scan"
+    with pytest.raises(nmjax.PlanError, match=message):
+        nmjax.sparsify(ByHand(), "2:4").apply(variables, X)
+
+
+# What a call returns
+
+
+class Returns(nn.Module):
+    what: str
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(8)(x)
+        return {"unordered": {"z": y, "a": y}, "unsorted": {1: y, "a": y}}[self.what]
+
+
+@pytest.mark.parametrize("what", ["unordered", "unsorted"])
+@pytest.mark.parametrize("mutable", [False, ["batch_stats"]])
+def test_a_result_comes_back_as_it_is(what, mutable):
+    variables = Returns(what).init(KEY, X)
+    out = nmjax.sparsify(Returns(what), "2:4").apply(variables, X, mutable=mutable)
+    expected = Returns(what).apply(variables, X, mutable=mutable)
+    out, expected = (o[0] if mutable else o for o in (out, expected))
+    assert list(out) == list(expected)
+
+
+def test_a_densified_model_may_be_part_of_another():
+    sparse = nmjax.sparsify(nn.Dense(8), "2:4")
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nmjax.densify(sparse)(x)
+
+    assert list(Outer().init(KEY, X)["params"]) == ["Dense_0"]
 
 
 # Gradients within a model, and weights that it computes
@@ -191,10 +279,19 @@ def test_gradients_within_a_model_are_arrays(jitted):
     jax.tree.map(np.testing.assert_array_equal, gradient, expected)
 
 
+def centred(w):
+    return w - w.mean(-2, keepdims=True)
+
+
+def behind_a_barrier(w):
+    return jax.lax.optimization_barrier((jax.device_put(w), w))[0]
+
+
 class Mapped(nn.Module):
     """A layer of transformed weights, inside another transformation."""
 
     lift: str
+    change: Callable = centred
 
     @nn.compact
     def __call__(self, x):
@@ -203,13 +300,10 @@ class Mapped(nn.Module):
             def __call__(self, x, _=None):
                 return nn.Dense(16, use_bias=False, name="d")(x), None
 
-        def centred(variables):
-            return jax.tree.map(lambda w: w - w.mean(-2, keepdims=True), variables)
-
         body = nn.map_variables(
             Body,
             "params",
-            trans_in_fn=centred,
+            trans_in_fn=lambda variables: jax.tree.map(self.change, variables),
             init=self.is_initializing(),
             mutable=self.is_initializing(),
         )
@@ -236,6 +330,17 @@ def test_transformed_weights_are_refused(lift):
         sparse.apply(variables, X)
     with pytest.raises(nmjax.PlanError, match="mapped/d/kernel: the model transforms"):
         nmjax.plan(model, "2:4", X)
+
+
+@pytest.mark.parametrize("change", [jax.lax.stop_gradient, behind_a_barrier])
+@pytest.mark.parametrize("lift", ["none", "remat", "scan"])
+def test_weights_that_are_moved_alone_are_sparse(lift, change):
+    model = Mapped(lift, change)
+    variables, plan = model.init(KEY, X), nmjax.plan(model, "2:4", X)
+    assert [entry.path for entry in plan.sparse] == ["mapped/d/kernel"]
+    y = nmjax.sparsify(model, "2:4").apply(variables, X)
+    baked = nmjax.bake(variables["params"], plan)
+    np.testing.assert_allclose(y, model.apply({"params": baked}, X), rtol=1e-5)
 
 
 class Adapted(nn.Module):
