@@ -36,9 +36,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mma, ptx, reference
+from pallas_kernels import ptx, reference
 from pallas_kernels.config import SM80Config, heuristic_sm80, shared_memory_limit
 from pallas_kernels.format import NMCompressed, pad, pad_to
+from pallas_kernels.ptx import mma
 from pallas_kernels.reference import ACTIVATIONS, Form
 
 # Tiles that run at the same time share operands in L2 where they form a square: rows

@@ -43,9 +43,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ptx, reference, wgmma
+from pallas_kernels import ptx, reference
 from pallas_kernels.config import SM90Config, heuristic_sm90
 from pallas_kernels.format import NMCompressed, pad, pad_to
+from pallas_kernels.ptx import wgmma
 from pallas_kernels.reference import ACTIVATIONS, Form
 
 _COPYING = 2  # the warpgroup that does not multiply

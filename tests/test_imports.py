@@ -77,6 +77,17 @@ def test_every_module_has_a_place_in_the_layers():
     assert units <= set(LEVEL), "add the new module to LAYERS"
 
 
+def test_ptx_and_private_names_of_jax_are_in_one_place():
+    place = ROOT / "pallas_kernels" / "ptx"
+    private = ("jax._src", "jaxlib.mlir")
+    knowing = set()
+    for path in source_files("nmjax", "pallas_kernels", "experiments"):
+        imports = any(name.startswith(private) for name in imported_modules(path))
+        if imports or "inline_asm" in path.read_text():
+            knowing.add(path.parent)
+    assert knowing == {place}
+
+
 def test_low_units_need_no_other_package():
     offences = []
     for path in source_files("nmjax", "pallas_kernels"):

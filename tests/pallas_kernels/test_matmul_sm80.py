@@ -12,12 +12,13 @@ import pytest
 from jax.experimental.mosaic import gpu as mgpu
 
 import nmjax
-from pallas_kernels import NMCompressed, compress, matmul_sm80, mma, nm_matmul, ptx
+from pallas_kernels import NMCompressed, compress, matmul_sm80, nm_matmul, ptx
 from pallas_kernels.config import (
     SM80Config,
     heuristic_sm80,
     shared_memory_limit,
 )
+from pallas_kernels.ptx import mma
 from pallas_kernels.reference import Form
 from tests.pallas_kernels import ahead_of_time, emulator, gemm_suite
 from tests.pallas_kernels.ahead_of_time import A100, H200, RTX3090, RTX5090, Target

@@ -20,9 +20,9 @@ from pallas_kernels import (
     matmul_sm90,
     nm_matmul,
     ptx,
-    wgmma,
 )
 from pallas_kernels.config import SM90Config, heuristic_sm90
+from pallas_kernels.ptx import wgmma
 from pallas_kernels.reference import Form
 from tests.pallas_kernels import ahead_of_time, emulator, gemm_suite
 from tests.pallas_kernels.ptx_memory import canonical_addresses, swizzle

@@ -1,7 +1,7 @@
 """What Mosaic's instructions share: versions, launching, register layouts, registers.
 
-The sparse instructions themselves are PTX in `mma.py` and `wgmma.py`. These three files
-are the only ones that know PTX, register layouts and private jax names.
+The sparse instructions themselves are PTX in `mma.py` and `wgmma.py`. This folder is
+the only place that knows PTX, register layouts and private jax names.
 
 Both instructions take the metadata words of `format.py`: the word at (8b + g, 4s + t)
 belongs to lane 4g + t of the warp that owns rows 16b to 16b + 15. Of the four lanes of
