@@ -117,16 +117,15 @@ def densify(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         return _nnx_of(model).densify(model)
-    if not isinstance(model, _SparseModel):
-        return model
-    return type(model).nm_base(**_fields(model))
+    return _dense(model, in_module=True)
 
 
-def _dense(model: nn.Module) -> nn.Module:
-    """`densify` without a parent, whatever module runs around this call."""
+def _dense(model: nn.Module, in_module: bool = False) -> Any:
+    """The linen model without nmjax; `in_module`: part of the one that runs, if any."""
     if not isinstance(model, _SparseModel):
         return model
-    return type(model).nm_base(**_fields(model), parent=None)
+    parent = {} if in_module else {"parent": None}
+    return type(model).nm_base(**_fields(model), **parent)
 
 
 def _nnx_of(model: Any) -> Any:

@@ -16,8 +16,8 @@ The first three leave both the matrix and its transpose at most 2 of every 4. So
                                column: `transposable_mask` of the magnitudes
 
 which takes a third of the operations of the greedy ones, and which alone a kernel finds
-and compresses in one pass. On normal weights signed ranking keeps 54 % of
-the magnitude, greedy 69 %, exact 70 %.
+and compresses in one pass. On normal weights signed ranking keeps 54 % of the
+magnitude, greedy 69 %, exact 70 %.
 """
 
 import functools

@@ -84,13 +84,15 @@ class Race:
         """
         return _lowered(self._gemm(implementation, config), self._sparse)
 
-    def judged(self, name: str, compiled: Compiled) -> Contender:
-        """A contender of what `lowered` became.
+    def judged(
+        self, name: str, compiled: Compiled, sets: Sequence | None = None
+    ) -> Contender:
+        """A contender of what `lowered` became, or of an executable of other `sets`.
 
         Raises:
           WrongResult: Its result is not the oracle's.
         """
-        contender = _contender(name, compiled, self._sparse)
+        contender = _contender(name, compiled, sets or self._sparse)
         self._judge(name, contender.run())
         return contender
 
@@ -132,10 +134,7 @@ class Race:
         if other_layout:
             sets = [(jax.jit(jnp.transpose)(a), b) for a, b in sets]
         name = f"{implementation} compressing {'(k, m)' if a_is_km else '(m, k)'}"
-        compiled = compile_alone(_lowered(product, sets))
-        contender = _contender(name, compiled, sets)
-        self._judge(name, contender.run())
-        return contender
+        return self.judged(name, compile_alone(_lowered(product, sets)), sets)
 
     def cusparselt(self) -> Contender:
         """The product of NVIDIA's library through torch, its algorithm searched for.
